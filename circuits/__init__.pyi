@@ -1,0 +1,11 @@
+from circuits.ablation import ABLATIONS as ABLATIONS
+from circuits.discovery import ALGORITHMS as ALGORITHMS
+from circuits.discovery import discover as discover
+from circuits.evaluation import Report as Report
+from circuits.evaluation import evaluate as evaluate
+from circuits.graph import Circuit as Circuit
+from circuits.picture import draw as draw
+from circuits.roles import attention_roles as attention_roles
+from circuits.running import run_circuit as run_circuit
+from circuits.scores import Scores as Scores
+from circuits.wiring import Wiring as Wiring

@@ -1,0 +1,65 @@
+"""What stands in for a part that is cut: the values that its edges carry instead.
+
+An ablation takes the model and *all* the prompts, never one batch of them (a mean over the last batch is a known trap),
+and gives what every writer is replaced by, prompt by prompt and position by position.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.writes import Writes
+from mechinterp.errors import CircuitError, nearest
+from mechinterp.models.transformer import Transformer
+from mechinterp.prompts import PromptBatch
+
+Ablation = Callable[[Transformer, PromptBatch], Writes]
+
+
+def resample(model: Transformer, prompts: PromptBatch) -> Writes:
+    """What the writer does on the corrupted prompt (Chan et al. 2022; ACDC's and EAP's choice). One forward."""
+    return _in_batches(model, prompts.corrupted)
+
+
+def mean(model: Transformer, prompts: PromptBatch) -> Writes:
+    """The writer's mean over the corrupted prompts of the same template, position by position (Wang et al. 2022).
+
+    A template of one prompt has itself as its mean: use at least several prompts per template. One forward.
+    """
+    return resample(model, prompts).map(lambda x: _group_mean(x, prompts.groups.to(x.device)))
+
+
+def zero(model: Transformer, prompts: PromptBatch) -> Writes:
+    """Nothing at all. Position 0 and the position embedding are included; ``b_O`` stays, it belongs to no writer."""
+    return resample(model, prompts[:1]).map(lambda x: x.new_zeros((len(prompts), *x.shape[1:])))
+
+
+ABLATIONS: dict[str, Ablation] = {"resample": resample, "mean": mean, "zero": zero}
+
+
+def ablation_named(ablation: str | Ablation) -> tuple[str, Ablation]:
+    """A name or a function of one's own, as both."""
+    if not isinstance(ablation, str):
+        return getattr(ablation, "__name__", "custom"), ablation
+    if ablation not in ABLATIONS:
+        hint = nearest(ablation, ABLATIONS)
+        raise CircuitError(f"there is no ablation {ablation!r}; there are {', '.join(ABLATIONS)}.{hint}")
+    return ablation, ABLATIONS[ablation]
+
+
+def _in_batches(model: Transformer, tokens: Int[Tensor, "batch pos"], batch_size: int = 256) -> Writes:
+    parts = [Writes.during(model, rows) for rows in tokens.split(batch_size)]
+    return Writes(
+        model.weights,
+        torch.cat([part.input for part in parts]),
+        tuple(torch.cat(layer) for layer in zip(*(part.z for part in parts), strict=True)),
+        tuple(torch.cat(layer) for layer in zip(*(part.mlp_out for part in parts), strict=True)),
+    )
+
+
+def _group_mean(x: Float[Tensor, "batch *rest"], groups: Int[Tensor, "batch"]) -> Float[Tensor, "batch *rest"]:
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    sums = x.new_zeros((len(count), *x.shape[1:])).index_add(0, index, x)
+    return (sums / count.view(-1, *[1] * (x.dim() - 1)).to(x))[index]

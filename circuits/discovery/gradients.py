@@ -1,0 +1,91 @@
+"""The gradient of the metric at every reader, from one plain forward and one backward pass.
+
+No reader's input is split off and no head's output is ever part of the graph: autograd stops at q, k and v as they leave
+the projection, and the way back through each head's columns of W_Q, W_K, W_V and through the LayerNorm is a product and
+a closed form (``normalization.pull_back``). That is what makes edge attribution cost two to three forwards instead of
+twenty, in a tenth of the memory.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.measure import measure
+from circuits.wiring import Wiring
+from mechinterp.cache import ActivationCache
+from mechinterp.metrics import Metric
+from mechinterp.models.normalization import pull_back
+from mechinterp.models.transformer import ResidualStart, Transformer
+from mechinterp.prompts import PromptBatch
+from mechinterp.sites import Site
+
+
+@dataclass(frozen=True)
+class ReaderGradients:
+    """What one backward pass left, averaged over ``variants`` (steps of integrated gradients) when it is read."""
+
+    model: Transformer
+    cache: ActivationCache
+    by_site: dict[Site, Tensor]
+    metric: Float[Tensor, "variant batch"]
+
+    def readers(self) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
+        """Gradients at the residual stream that each reader takes, a layer's ports at a time, with their columns."""
+        config, wiring = self.model.config, Wiring.of(self.model.config)
+        per_layer = 3 * config.n_heads + config.has_mlp
+        for layer in range(config.n_layers):
+            first = layer * per_layer
+            if Site("q", layer) in self.by_site:
+                yield slice(first, first + 3 * config.n_heads), self._mean(self._ports(layer))
+            if Site("mlp_in", layer) in self.by_site:
+                yield slice(first + per_layer - 1, first + per_layer), self._mean(self.by_site[Site("mlp_in", layer)][None])
+        last = Site("resid_post", config.n_layers - 1)
+        yield slice(len(wiring.readers) - 1, len(wiring.readers)), self._mean(self.by_site[last][None])
+
+    def _ports(self, layer: int) -> Float[Tensor, "reader row pos d_model"]:
+        """W_Q[h] dq_h and so on for all ports and heads as one batched product, then back through LayerNorm."""
+        weights = self.model.weights
+        d_ports = torch.stack([self.by_site[Site(port, layer)] for port in "qkv"])
+        per_reader = d_ports.permute(0, 3, 1, 2, 4).flatten(0, 1)
+        W = weights.projection(layer).flatten(0, 1)
+        gradient = torch.bmm(per_reader.flatten(1, 2), W.transpose(1, 2)).unflatten(1, per_reader.shape[1:3])
+        stream = self.cache["resid_pre", layer].detach()
+        return pull_back(stream, gradient, weights.blocks[layer].ln1, self.model.config.norm_eps)
+
+    def _mean(self, gradient: Float[Tensor, "reader row pos d_model"]) -> Float[Tensor, "reader batch pos d_model"]:
+        variants = self.metric.shape[0]
+        return gradient if variants == 1 else gradient.unflatten(1, (variants, -1)).mean(1)
+
+
+@torch.enable_grad()
+def reader_gradients(
+    model: Transformer,
+    prompts: PromptBatch,
+    metric: Metric,
+    start: ResidualStart,
+    *,
+    variants: int = 1,
+    record: Iterable[Site | str] = (),
+) -> ReaderGradients:
+    """One forward from ``start``, one backward to everything that reads after it.
+
+    Prompts never mix, so the *sum* of their metrics gives each prompt its own gradient. ``record`` is kept in the
+    result's cache. Parameters take no gradient.
+    """
+    targets = _targets(model, start.site)
+    streams = [Site("resid_pre", site.layer) for site in targets if site.name == "q"]
+    leaf = ResidualStart(start.site, start.value.detach().requires_grad_())
+    values, cache = measure(model, prompts, metric, start=leaf, variants=variants, record=[*targets, *streams, *record])
+    found = torch.autograd.grad(values.sum(), [cache[site] for site in targets])
+    return ReaderGradients(model, cache, dict(zip(targets, found, strict=True)), values.detach())
+
+
+def _targets(model: Transformer, entrance: Site) -> list[Site]:
+    config = model.config
+    sites = [Site(name, layer) for layer in range(config.n_layers) for name in ("q", "k", "v", "mlp_in")]
+    sites = [site for site in sites if config.has_mlp or site.name != "mlp_in"]
+    sites.append(Site("resid_post", config.n_layers - 1))
+    return [site for site in sites if site.order >= entrance.order]

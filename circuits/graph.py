@@ -1,0 +1,135 @@
+"""A circuit: the edges of a model that were kept, as a networkx graph.
+
+Nodes are ``Node``s. A residual edge runs from a writer to a port, an MLP or the logits and carries ``weight``, its
+score; port edges ``a9.h6.q -> a9.h6`` carry none. Facts (model, task, method, ...) live in ``circuit.graph``, where
+networkx copies them along; attributes of the object would vanish on ``copy``.
+"""
+
+import os
+
+import networkx as nx
+
+from circuits import export
+from circuits.edges import Edge, by_magnitude, edge_name, fold_ports, is_residual, residual_edges
+from mechinterp.errors import CircuitError
+from mechinterp.nodes import Node
+
+
+class Circuit(nx.DiGraph):
+    """A directed graph of ``Node``s. ``copy``, ``subgraph``, ``reverse`` of networkx keep it a circuit.
+
+    ``Scores.top`` and ``Wiring.circuit`` make circuits; by hand it goes edge by edge:
+
+    >>> circuit = Circuit(model="toy", task="greeting")
+    >>> circuit.keep("input", "a0.h1.v", weight=0.5)
+    >>> circuit.keep("a0.h1", "logits", weight=2.0)
+    >>> circuit
+    Circuit('greeting' on 'toy': 2 edges, 1 head, 0 MLPs)
+    >>> nx.shortest_path(circuit, Node.input(), Node.logits())
+    [Node('input'), Node('a0.h1.v'), Node('a0.h1'), Node('logits')]
+    """
+
+    def keep(self, writer: Node | str, reader: Node | str, weight: float | None = None) -> None:
+        """Add a residual edge, and the port edge if the reader is a port. ``weight``: how much the metric falls if cut.
+
+        ``CircuitError`` if the first cannot write, or the second cannot read, the residual stream, or the second is
+        computed before the first. Whether the model has these parts is not asked here: ``Wiring.mask`` does.
+        """
+        writer, reader = _as_node(writer), _as_node(reader)
+        _check_ends(writer, reader)
+        self.add_edge(writer, reader, **({} if weight is None else {"weight": float(weight)}))
+        if reader.port:
+            self.add_edge(reader, reader.with_port(None))
+
+    @property
+    def edges_kept(self) -> list[Edge]:
+        """The residual edges in wiring order (by reader, then by writer); port edges are left out."""
+        return residual_edges(self)
+
+    @property
+    def n_edges_kept(self) -> int:
+        return sum(is_residual(*edge) for edge in self.edges)
+
+    @property
+    def heads(self) -> list[Node]:
+        """Heads with any kept edge, as whole heads, in order of computation."""
+        return sorted({node.with_port(None) for node in self.nodes if node.kind == "head"})
+
+    @property
+    def mlps(self) -> list[Node]:
+        return sorted(node for node in self.nodes if node.kind == "mlp")
+
+    def components(self) -> nx.DiGraph:
+        """Ports folded away: heads, MLPs, input, logits, one edge a pair with ``weight``, ``strength`` and ``ports``.
+
+        ``weight`` is the sum over ports and ``strength`` the sum of magnitudes; ``ports`` is a string such as "qk".
+        """
+        return fold_ports(self)
+
+    def pruned(self) -> "Circuit":
+        """A copy without the edges that lie on no path from the input to the logits.
+
+        Under resampling this changes no number: a part without a kept input computes exactly its corrupted value, and
+        one without a kept output is read by nobody. Under zero, mean or optimal ablation a part without a kept input
+        computes something other than its replacement, so there pruning **does** change faithfulness.
+        ``graph["n_edges_pruned"]`` counts what was dropped.
+        """
+        reached = _reach(self, [node for node in self.nodes if node.kind == "input"], nx.descendants)
+        reaching = _reach(self, [node for node in self.nodes if node.kind == "logits"], nx.ancestors)
+        kept = self.subgraph(reached & reaching).copy()
+        dropped = self.n_edges_kept - kept.n_edges_kept
+        kept.graph["n_edges_pruned"] = self.graph.get("n_edges_pruned", 0) + dropped
+        return kept
+
+    def save(self, path: str | os.PathLike, format: str | None = None) -> None:
+        """Write to a file whose suffix (or ``format``) is a key of ``export.FORMATS``; written whole or not at all.
+
+        ``.json`` (ours, lossless), ``.graphml`` and ``.gexf`` can be loaded again; ``.dot``, ``.png``, ``.svg`` and
+        ``.pdf`` are for looking. ``CircuitError`` for an unknown suffix, ``OSError`` for a missing folder.
+        """
+        export.write(self, path, format)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, format: str | None = None) -> "Circuit":
+        """Read what ``save`` wrote. ``CircuitError`` names the file and what is wrong with it."""
+        return cls(export.read(path, format))
+
+    def to_networkx(self) -> nx.DiGraph:
+        """A plain ``DiGraph`` with strings for nodes and their kind, layer, head and position as scalar attributes."""
+        return export.with_string_nodes(self)
+
+    def summary(self, n_edges: int = 5) -> str:
+        """A few lines for a terminal: what this is, its facts, and its strongest edges."""
+        lines = [repr(self)]
+        facts = ("method", "unit", "settings", "ties_at_cut", "threshold", "n_edges_pruned", "faithfulness")
+        lines += [f"  {fact}: {self.graph[fact]}" for fact in facts if fact in self.graph]
+        for writer, reader in by_magnitude(self)[:n_edges]:
+            weight = self.edges[writer, reader].get("weight")
+            lines.append(f"  {edge_name(writer, reader):<20}" + ("" if weight is None else f" {weight:+.4g}"))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        source = " on ".join(repr(self.graph[fact]) for fact in ("task", "model") if fact in self.graph)
+        return f"Circuit({source + ': ' if source else ''}{export.size_in_words(self)})"
+
+
+def _as_node(name: Node | str) -> Node:
+    return name if isinstance(name, Node) else Node.parse(name)
+
+
+def _check_ends(writer: Node, reader: Node) -> None:
+    if writer.port or writer.kind == "logits":
+        remedy = f"its head {str(writer.with_port(None))!r} does" if writer.port else "nothing follows them"
+        raise CircuitError(f"{str(writer)!r} does not write to the residual stream; {remedy}.")
+    if reader.kind == "input" or (reader.kind == "head" and not reader.port):
+        remedy = f"its ports do: '{reader}.q', '{reader}.k', '{reader}.v'" if reader.kind == "head" else "it only writes"
+        raise CircuitError(f"{str(reader)!r} does not read the residual stream by itself; {remedy}.")
+    if not writer < reader:
+        raise CircuitError(f"{edge_name(writer, reader)!r} runs backwards: {str(reader)!r} is computed first.")
+
+
+def _reach(graph: nx.DiGraph, starts: list[Node], walk) -> set[Node]:
+    return set(starts).union(*(walk(graph, start) for start in starts))

@@ -1,0 +1,41 @@
+"""A model's metric on prompts: plain, resumed from a patched residual stream, or for many variants at once."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.cache import ActivationCache
+from mechinterp.metrics import READS_CANDIDATES_ONLY, Metric
+from mechinterp.models.transformer import ResidualStart, Transformer
+from mechinterp.prompts import PromptBatch
+from mechinterp.sites import Site
+
+
+def measure(
+    model: Transformer,
+    prompts: PromptBatch,
+    metric: Metric,
+    *,
+    tokens: Int[Tensor, "row pos"] | None = None,
+    start: ResidualStart | None = None,
+    logits_at: Int[Tensor, "row"] | None = None,
+    variants: int = 1,
+    record: Iterable[Site | str] = (),
+) -> tuple[Float[Tensor, "variant batch"], ActivationCache]:
+    """The metric of each prompt, once per variant, and what the pass recorded.
+
+    A pass's rows are variant-major: all prompts of variant 0 first. ``logits_at`` is each prompt's END unless the rows
+    hold other positions. Where the metric reads its candidates' logits alone, nothing else is unembedded.
+    """
+    rows = prompts.to(model.device)
+    rows = rows if variants == 1 else rows[torch.arange(len(prompts), device=model.device).repeat(variants)]
+    only = rows.candidates if metric in READS_CANDIDATES_ONLY else None
+    at = rows.end if logits_at is None else logits_at
+    logits, cache = model.run(tokens, start=start, record=record, logits_at=at, logits_of=only)
+    if only is not None:
+        columns = torch.arange(only.shape[1], device=model.device)
+        rows = replace(rows, candidates=columns.expand_as(only).contiguous())
+    return metric(logits, rows).unflatten(0, (variants, len(prompts))), cache

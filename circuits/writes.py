@@ -1,0 +1,92 @@
+"""What every writer adds to the residual stream, kept compactly: heads as ``z``, expanded a layer at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.cache import ActivationCache
+from mechinterp.models.transformer import Transformer
+from mechinterp.models.weights import Weights
+
+SITES = ("embed", "pos_embed", "z", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Writes:
+    """The outputs of all writers in one pass, or the difference of two passes.
+
+    Heads are stored before ``W_O`` (``d_head`` numbers a position instead of ``d_model``): a head's output is linear in
+    its ``z``, so sums, differences and means may be taken here. ``b_O`` belongs to no writer and cancels in differences.
+    """
+
+    weights: Weights
+    input: Float[Tensor, "batch pos d_model"]
+    z: tuple[Float[Tensor, "batch pos head_index d_head"], ...]
+    mlp_out: tuple[Float[Tensor, "batch pos d_model"], ...]
+
+    @classmethod
+    def of(cls, cache: ActivationCache, weights: Weights) -> "Writes":
+        """From a pass that recorded ``SITES``."""
+        layers = range(weights.config.n_layers)
+        return cls(
+            weights,
+            cache["embed"] + cache["pos_embed"],
+            tuple(cache["z", layer] for layer in layers),
+            tuple(cache["mlp_out", layer] for layer in layers) if weights.config.has_mlp else (),
+        )
+
+    @classmethod
+    def during(cls, model: Transformer, tokens: Tensor) -> "Writes":
+        """The writes of a plain forward pass over ``tokens``."""
+        with torch.no_grad():
+            _, cache = model.run(tokens, record=sites(model), logits_at="last")
+        return cls.of(cache, model.weights)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Writes":
+        """The same writers with every tensor changed."""
+        return Writes(
+            self.weights, change(self.input), tuple(change(z) for z in self.z), tuple(change(m) for m in self.mlp_out)
+        )
+
+    def __getitem__(self, rows) -> "Writes":
+        return self.map(lambda tensor: tensor[rows])
+
+    def __sub__(self, other: "Writes") -> "Writes":
+        return Writes(
+            self.weights,
+            self.input - other.input,
+            tuple(mine - theirs for mine, theirs in zip(self.z, other.z, strict=True)),
+            tuple(mine - theirs for mine, theirs in zip(self.mlp_out, other.mlp_out, strict=True)),
+        )
+
+    def heads(self, layer: int) -> Float[Tensor, "head_index batch pos d_model"]:
+        """What each head of a layer wrote (without ``b_O``)."""
+        return expand(self.weights, layer, self.z[layer])
+
+    def first(self, n: int) -> Float[Tensor, "writer batch pos d_model"]:
+        """The first ``n`` writers in the wiring's order. ``n * batch * pos * d_model`` numbers: ask for what you need."""
+        stacked = self.input.new_empty((n, *self.input.shape))
+        stacked[0] = self.input
+        for layer in range(len(self.z)):
+            start = 1 + layer * (self.weights.config.n_heads + bool(self.mlp_out))
+            if start >= n:
+                break
+            heads = min(self.weights.config.n_heads, n - start)
+            stacked[start : start + heads] = self.heads(layer)[:heads]
+            if self.mlp_out and start + heads < n:
+                stacked[start + heads] = self.mlp_out[layer]
+        return stacked
+
+
+def expand(weights: Weights, layer: int, z: Tensor) -> Float[Tensor, "head_index batch pos d_model"]:
+    """Per-head outputs of a layer from its ``z``: one batched product, never a sum over ``d_head`` in the open."""
+    per_head = z.flatten(0, 1).transpose(0, 1)
+    return torch.bmm(per_head, weights.W_O(layer)).unflatten(1, z.shape[:2])
+
+
+def sites(model: Transformer) -> list[str]:
+    """What a pass must record for ``Writes.of``."""
+    return [site for site in SITES if site != "mlp_out" or model.config.has_mlp]

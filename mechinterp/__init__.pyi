@@ -1,0 +1,17 @@
+from mechinterp import tasks as tasks
+from mechinterp.cache import ActivationCache as ActivationCache
+from mechinterp.errors import MechinterpError as MechinterpError
+from mechinterp.metrics import METRICS as METRICS
+from mechinterp.models.config import ModelConfig as ModelConfig
+from mechinterp.models.load import load as load
+from mechinterp.models.load import save as save
+from mechinterp.models.tokenizer import Tokenizer as Tokenizer
+from mechinterp.models.transformer import ResidualStart as ResidualStart
+from mechinterp.models.transformer import Transformer as Transformer
+from mechinterp.nodes import Node as Node
+from mechinterp.prompts import PromptBatch as PromptBatch
+from mechinterp.sites import Site as Site
+from mechinterp.store import ActivationStore as ActivationStore
+from mechinterp.tasks import TASKS as TASKS
+from mechinterp.tasks.base import Task as Task
+from mechinterp.tasks.files import from_file as from_file

@@ -1,0 +1,71 @@
+"""Softmax attention over whole prompts, over one query a prompt, and over a prefix computed before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.cache import ActivationCache
+from mechinterp.models.trace import Trace
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of every layer at the first ``length`` positions, to be attended to but not computed again."""
+
+    keys: Sequence[Float[Tensor, "batch prefix head_index d_head"]]
+    values: Sequence[Float[Tensor, "batch prefix head_index d_head"]]
+    length: int
+
+    @classmethod
+    def of(cls, cache: ActivationCache, n_layers: int, length: int) -> "Prefix":
+        """The first ``length`` positions of a pass that recorded ``k`` and ``v``."""
+        keys = [cache["k", layer][:, :length] for layer in range(n_layers)]
+        values = [cache["v", layer][:, :length] for layer in range(n_layers)]
+        return cls(keys, values, length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix and new positions joined. Where ``k`` stacks several variants of the batch, each gets the prefix."""
+        variants = k.shape[0] // self.keys[layer].shape[0]
+        joined = (
+            torch.cat([old.expand(variants, *old.shape).flatten(0, 1), new], dim=1)
+            for old, new in ((self.keys[layer], k), (self.values[layer], v))
+        )
+        return tuple(joined)  # type: ignore[return-value]
+
+
+def attend(
+    q: Float[Tensor, "batch query_pos head_index d_head"],
+    k: Float[Tensor, "batch key_pos head_index d_head"],
+    v: Float[Tensor, "batch key_pos head_index d_head"],
+    scale: float,
+    only: Int[Tensor, "batch"] | None,
+    prefix: Prefix | None,
+    trace: Trace,
+    layer: int,
+) -> Float[Tensor, "batch query_pos head_index d_head"]:
+    """``softmax(q k^T * scale) v`` under the causal mask.
+
+    ``only`` is the position of the single query of each prompt (None: a query at every position after the prefix).
+    Scores and pattern are made only if somebody touches them; otherwise the fused kernel runs.
+    """
+    if not (trace.touches("attn_scores", layer) or trace.touches("pattern", layer)):
+        causal = only is None and prefix is None
+        mask = None if causal else _visible(q, k, only, prefix)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = trace("attn_scores", layer, scores.masked_fill(~_visible(q, k, only, prefix), -torch.inf))
+    pattern = trace("pattern", layer, scores.softmax(-1))
+    return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+
+
+def _visible(q, k, only, prefix) -> Bool[Tensor, "#batch 1 query_pos key_pos"]:
+    """Which keys each query may see: those at or before its own position."""
+    keys = torch.arange(k.shape[1], device=k.device)
+    offset = prefix.length if prefix else 0
+    queries = torch.arange(q.shape[1], device=q.device)[None] if only is None else only[:, None]
+    return keys <= (queries + offset)[:, None, :, None]

@@ -1,0 +1,1 @@
+"""The built-in model: its weights and tokenizer, and everything they were made with. See ``MODEL_CARD.md``."""

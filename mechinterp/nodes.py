@@ -1,0 +1,127 @@
+"""The parts of a transformer that can belong to a circuit, and their names.
+
+``input`` (token and position embedding), ``a9.h6`` (head 6 of layer 9), ``a9.h6.q`` (a port: what the head's query
+reads), ``m4`` (the MLP of layer 4), ``logits``; ``a9.h6@14`` is the head at position 14 and ``f5.1234`` latent 1234 of
+the sparse autoencoder at layer 5. ``str`` and ``Node.parse`` are inverse.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from mechinterp.errors import UnknownNode, nearest
+
+Kind = Literal["input", "head", "latent", "mlp", "logits"]
+Port = Literal["q", "k", "v"]
+PORTS: tuple[Port, ...] = ("q", "k", "v")
+
+_PATTERN = re.compile(
+    r"(?P<input>input)|(?P<logits>logits)|m(?P<mlp>\d+)|a(?P<layer>\d+)\.h(?P<head>\d+)(\.(?P<port>[qkv]))?"
+    r"|f(?P<latent_layer>\d+)\.(?P<latent>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A part of a transformer. Nodes sort in the order in which a forward pass computes them.
+
+    >>> Node.parse("a9.h6.q")
+    Node('a9.h6.q')
+    >>> sorted([Node.parse(name) for name in ("logits", "m0", "a1.h3", "a1.h3.v", "input")])
+    [Node('input'), Node('m0'), Node('a1.h3.v'), Node('a1.h3'), Node('logits')]
+    """
+
+    kind: Kind
+    layer: int | None = None
+    index: int | None = None
+    port: Port | None = None
+    pos: int | None = None
+
+    @classmethod
+    def input(cls) -> "Node":
+        return cls("input")
+
+    @classmethod
+    def logits(cls) -> "Node":
+        return cls("logits")
+
+    @classmethod
+    def head(cls, layer: int, head: int, port: Port | None = None) -> "Node":
+        return cls("head", layer, head, port)
+
+    @classmethod
+    def mlp(cls, layer: int) -> "Node":
+        return cls("mlp", layer)
+
+    @classmethod
+    def latent(cls, layer: int, latent: int) -> "Node":
+        return cls("latent", layer, latent)
+
+    @classmethod
+    def parse(cls, text: str) -> "Node":
+        """Read a name; ``UnknownNode`` says what a name looks like."""
+        name, at, position = text.partition("@")
+        found = _PATTERN.fullmatch(name)
+        if found is None or (at and not position.isdecimal()):
+            raise UnknownNode(
+                f"{text!r} is not the name of a node. Names look like 'input', 'a9.h6', 'a9.h6.q', 'm4', 'logits', "
+                f"'f5.1234', each also with a position: 'a9.h6@14'.{nearest(name, ['input', 'logits'])}"
+            )
+        return replace(_from_match(found), pos=int(position) if at else None)
+
+    def at(self, pos: int | None) -> "Node":
+        """The same part at one position (``None``: at all)."""
+        return replace(self, pos=pos)
+
+    def with_port(self, port: Port | None) -> "Node":
+        """The port of a head, or with ``None`` the head that a port belongs to."""
+        return replace(self, port=port)
+
+    def __str__(self) -> str:
+        stem = {
+            "input": "input",
+            "logits": "logits",
+            "mlp": f"m{self.layer}",
+            "head": f"a{self.layer}.h{self.index}" + (f".{self.port}" if self.port else ""),
+            "latent": f"f{self.layer}.{self.index}",
+        }[self.kind]
+        return stem if self.pos is None else f"{stem}@{self.pos}"
+
+    def __repr__(self) -> str:
+        return f"Node({str(self)!r})"
+
+    def __lt__(self, other: "Node") -> bool:
+        return self._order < other._order
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self):
+        # Without the cached hash: another process hashes strings differently, and would not find its own nodes.
+        return Node, (self.kind, self.layer, self.index, self.port, self.pos)
+
+    @cached_property
+    def _hash(self) -> int:
+        # Graphs of 30,000 edges hash their nodes a million times; the names never change.
+        return hash((self.kind, self.layer, self.index, self.port, self.pos))
+
+    @cached_property
+    def _order(self) -> tuple:
+        """Layer by layer: ports, then heads, then latents of the attention output, then the MLP."""
+        layer = {"input": -1, "logits": 1 << 30}.get(self.kind, self.layer)
+        stage = {"input": 0, "head": 0 if self.port else 1, "latent": 2, "mlp": 3, "logits": 4}[self.kind]
+        port = PORTS.index(self.port) if self.port else 0
+        return (layer, stage, self.index or 0, port, -1 if self.pos is None else self.pos)
+
+
+def _from_match(found: re.Match) -> Node:
+    if found["input"]:
+        return Node.input()
+    if found["logits"]:
+        return Node.logits()
+    if found["mlp"]:
+        return Node.mlp(int(found["mlp"]))
+    if found["latent"]:
+        return Node.latent(int(found["latent_layer"]), int(found["latent"]))
+    return Node.head(int(found["layer"]), int(found["head"]), found["port"])

@@ -1,0 +1,1 @@
+"""Sparse autoencoders over activations: training, metrics, attribution. Nothing is here yet; a later version fills it."""

@@ -1,0 +1,98 @@
+"""What a report says about circuits whose faithfulness is known, and when it refuses to speak."""
+
+import json
+
+import numpy as np
+import pytest
+
+from circuits.discovery import ALGORITHMS, discover
+from circuits.evaluation import evaluate, ranking
+from circuits.scores import Scores
+from circuits.wiring import Wiring
+from mechinterp.errors import CircuitError, TaskError
+from mechinterp.models.compiled import COMPILED
+
+
+@pytest.fixture(scope="module", params=COMPILED)
+def planted(request):
+    return COMPILED[request.param](n_prompts=12)
+
+
+def whole(model):
+    wiring = Wiring.of(model.config)
+    return wiring.circuit(np.ones(wiring.n_edges, bool))
+
+
+def test_the_whole_model_is_faithful_to_itself(plain, make_task):
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=0)
+    assert report.faithfulness == pytest.approx(1)
+    assert report.interval == (pytest.approx(1), pytest.approx(1))
+    assert report.complement == pytest.approx(0, abs=1e-9)
+    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.circuit == pytest.approx(report.clean)
+    assert np.isnan(report.beats_random)
+
+
+def test_groups_and_quartiles_describe_the_same_prompts(plain, make_task):
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=0)
+    assert set(report.groups) == {"even", "odd"}
+    assert report.quartiles == (pytest.approx(1),) * 3
+
+
+def test_the_curve_ends_at_the_whole_model(plain, make_task):
+    task = make_task(plain)
+    scores = discover(plain, task, "exact")
+    report = evaluate(plain, task, scores.top(20), scores, n_random=3)
+    assert report.curve.n_edges[-1] == scores.wiring.n_edges
+    assert report.curve.faithfulness[-1] == pytest.approx(1)
+    assert report.curve.smallest(2.0) is None or report.curve.smallest(2.0) < scores.wiring.n_edges
+    assert len(report.random) == 3
+
+
+@pytest.mark.parametrize("method", [name for name in ALGORITHMS if name != "patching"])
+def test_every_method_finds_the_circuits_set_by_hand(planted, method):
+    scores = discover(planted.model, planted.task, method)
+    assert ranking(scores, planted.circuit_edges)["auroc"] == 1
+    assert ranking(scores, planted.circuit_edges)["average_precision"] == 1
+
+
+def test_a_circuit_set_by_hand_is_faithful_alone(planted):
+    scores = discover(planted.model, planted.task, "exact")
+    circuit = scores.top(len(planted.circuit_edges))
+    report = evaluate(planted.model, planted.task, circuit, scores)
+    assert report.faithfulness == pytest.approx(1, abs=1e-3)
+    assert report.complement == pytest.approx(0, abs=0.05)
+    assert report.accuracy_model == 1
+    assert report.beats_random == 1
+
+
+def test_faithfulness_without_an_effect_is_undefined(plain, make_task):
+    task = make_task(plain)
+    constant = type(task)(
+        "constant", task.prompts, lambda logits, _: logits[:, 0] * 0, "constant", "random", task.group_names, task.tokenizer
+    )
+    with pytest.raises(TaskError, match=r"faithfulness is undefined.*another corruption"):
+        evaluate(plain, constant, whole(plain), n_random=0)
+
+
+def test_a_report_is_saved_whole_and_reads_as_a_table(plain, make_task, tmp_path):
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=2)
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["faithfulness"] == report.faithfulness
+    assert saved["choices"]["ablation"] == "resample"
+    assert "faithfulness     1.000" in str(report)
+
+
+def test_an_unknown_method_names_the_known_ones(plain, make_task):
+    with pytest.raises(CircuitError, match=r"no method 'eap_ig'.*Did you mean 'eap-ig'"):
+        discover(plain, make_task(plain), "eap_ig")
+
+
+def test_a_method_of_ones_own_is_called_as_it_is(plain, make_task):
+    def first_edge_only(model, task, *, strength):
+        wiring = Wiring.of(model.config)
+        values = np.eye(1, wiring.n_edges)[0] * strength
+        return Scores(wiring, values, method="mine", unit="none", model=model.config.name, task=task.name)
+
+    assert discover(plain, make_task(plain), first_edge_only, strength=2.0).values[0] == 2

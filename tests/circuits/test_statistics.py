@@ -1,0 +1,73 @@
+"""Numbers that can be worked out by hand, and scikit-free definitions to hold the fast ones against."""
+
+import numpy as np
+import pytest
+
+from circuits.statistics import auroc, average_precision, bootstrap_interval, random_circuits, ratio_of_means
+from circuits.wiring import Wiring
+from mechinterp.errors import CircuitError
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    scores, truth = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.3
+    above = scores[truth][:, None] - scores[~truth][None]
+    assert auroc(scores, truth) == pytest.approx(((above > 0) + 0.5 * (above == 0)).mean())
+
+
+def test_perfect_reversed_and_constant_rankings():
+    truth = np.array([True, True, False, False, False])
+    assert auroc(np.array([5.0, 4, 3, 2, 1]), truth) == average_precision(np.array([5.0, 4, 3, 2, 1]), truth) == 1
+    assert auroc(np.array([1.0, 2, 3, 4, 5]), truth) == 0
+    assert auroc(np.zeros(5), truth) == 0.5
+    assert average_precision(np.zeros(5), truth) == pytest.approx(2 / 5)
+
+
+def test_average_precision_by_hand():
+    """Positives at ranks 1 and 3: (1/1 + 2/3) / 2."""
+    assert average_precision(np.array([4.0, 3, 2, 1]), np.array([True, False, True, False])) == pytest.approx(5 / 6)
+
+
+def test_a_ranking_needs_both_kinds():
+    with pytest.raises(CircuitError, match="some are and some are not"):
+        auroc(np.arange(3.0), np.ones(3, bool))
+
+
+def test_a_constant_ratio_has_an_interval_of_no_width():
+    whole = np.array([1.0, 2.0, 5.0])
+    low, high = bootstrap_interval(0.8 * whole, whole)
+    assert (low, high) == (pytest.approx(0.8), pytest.approx(0.8))
+
+
+def test_the_interval_covers_the_ratio_and_narrows_with_prompts():
+    rng = np.random.default_rng(1)
+    widths = []
+    for n in (20, 2000):
+        whole, part = 1 + rng.random(n), rng.random(n)
+        low, high = bootstrap_interval(part, whole)
+        assert low < ratio_of_means(part, whole) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5
+
+
+def test_random_circuits_have_the_size_and_hang_from_the_logits():
+    wiring = Wiring(n_layers=3, n_heads=2)
+    for n_edges in (1, 10, wiring.n_edges):
+        for mask in random_circuits(wiring, n_edges, 5, seed=3):
+            circuit = wiring.circuit(mask)
+            assert circuit.n_edges_kept == n_edges
+            logits = wiring.readers[-1]
+            assert all(circuit.has_node(logits) and (node == logits or has_path(circuit, node, logits)) for node in circuit)
+
+
+def test_random_circuits_differ_from_each_other_and_repeat_with_the_seed():
+    wiring = Wiring(n_layers=2, n_heads=3)
+    first = random_circuits(wiring, 12, 4, seed=0)
+    assert len({mask.tobytes() for mask in first}) == 4
+    np.testing.assert_array_equal(first, random_circuits(wiring, 12, 4, seed=0))
+
+
+def has_path(circuit, source, target) -> bool:
+    import networkx as nx
+
+    return nx.has_path(circuit, source, target)

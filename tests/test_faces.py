@@ -1,0 +1,40 @@
+"""The public names: complete, resolvable, and cheap to import."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+FACES = ("mechinterp", "circuits", "mechinterp.tasks", "mechinterp.models", "circuits.discovery")
+HEAVY = ("torch", "transformer_lens", "transformers", "sae_lens", "matplotlib", "numpy")
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_every_public_name_resolves(package):
+    face = importlib.import_module(package)
+    for name in getattr(face, "__all__", ()):
+        assert getattr(face, name) is not None
+        assert name in dir(face)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'circuits' has no attribute 'discoverr'"):
+        importlib.import_module("circuits").discoverr  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import mechinterp", "import circuits", "import circuits; circuits.Circuit"])
+def test_importing_loads_nothing_heavy(statement):
+    assert heavy_after(statement, HEAVY if ";" not in statement else HEAVY[:4]) == []
+
+
+def test_help_loads_nothing_heavy():
+    help_shown = "import sys; sys.argv = ['mechinterp', 'discover', '--help']\nfrom mechinterp.cli import main\n"
+    assert heavy_after(f"{help_shown}try:\n  main()\nexcept SystemExit:\n  pass", HEAVY) == []
+
+
+def heavy_after(statement: str, heavy: tuple[str, ...]) -> list[str]:
+    """Which of the ``heavy`` modules a fresh interpreter has loaded after ``statement``."""
+    code = f"import sys\n{statement}\nprint('loaded:', *(m for m in {heavy!r} if m in sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return shown.stdout.splitlines()[-1].split()[1:]
