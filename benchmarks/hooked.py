@@ -95,13 +95,23 @@ def _contract(grid: Tensor, delta: Tensor, gradient: Tensor, readers: slice, wir
     grid[:n_writers, readers] = torch.einsum("bpwm,bprm->wr", delta[:, :, :n_writers], gradient)
 
 
-def heads(model: HookedTransformer, prompts: PromptBatch, which: Iterable[tuple[int, int]]) -> Tensor:
+def corrupted_z(model: HookedTransformer, prompts: PromptBatch):
+    """Every layer's ``z`` on the corrupted prompts."""
+    split(model, on=False, results=False)
+    with torch.no_grad():
+        return model.run_with_cache(prompts.corrupted, names_filter=lambda name: name.endswith("hook_z"), return_type=None)[1]
+
+
+@torch.no_grad()
+def clean_metric(model: HookedTransformer, prompts: PromptBatch) -> Tensor:
+    return metric(model, prompts, model(prompts.clean))
+
+
+def heads(model: HookedTransformer, prompts: PromptBatch, corrupted, clean: Tensor, which: Iterable[tuple[int, int]]) -> Tensor:
     """``[head]``: the fall of the metric when one head after another writes what it does on the corrupted prompt."""
     split(model, on=False, results=False)
     falls = []
     with torch.no_grad():
-        _, corrupted = model.run_with_cache(prompts.corrupted, names_filter=lambda name: name.endswith("hook_z"), return_type=None)
-        clean = metric(model, prompts, model(prompts.clean))
         for layer, head in which:
             name = f"blocks.{layer}.attn.hook_z"
 
@@ -114,12 +124,13 @@ def heads(model: HookedTransformer, prompts: PromptBatch, which: Iterable[tuple[
     return torch.stack(falls)
 
 
-def edges(model: HookedTransformer, prompts: PromptBatch, delta: Tensor, which: Iterable[tuple[Node, Node]]) -> Tensor:
+def edges(
+    model: HookedTransformer, prompts: PromptBatch, delta: Tensor, clean: Tensor, which: Iterable[tuple[Node, Node]]
+) -> Tensor:
     """``[edge]``: the fall of the metric when one reader after another takes one writer's change on top."""
     split(model, on=True, results=False)
     wiring, falls = Wiring(model.cfg.n_layers, model.cfg.n_heads), []
     with torch.no_grad():
-        clean = metric(model, prompts, model(prompts.clean))
         for writer, reader in which:
             change = delta[:, :, wiring.writers.index(writer)]
 

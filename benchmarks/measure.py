@@ -45,19 +45,19 @@ class Timing:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], Any]], rounds: int, scales: Mapping[str, float] | None = None
+    cases: Mapping[str, Callable[[], Any]], rounds: int, scales: Mapping[str, float] | None = None, warm_up: bool = True
 ) -> dict[str, Timing]:
-    """Each case once to warm up, then ``rounds`` times in turn."""
+    """Each case in turn, ``rounds`` times, after one round that does not count."""
     cpu: dict[str, list[float]] = {name: [] for name in cases}
     wall: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm_up):
         for name, case in cases.items():
             gc.collect()
             began, began_wall = time.process_time(), time.perf_counter()
             result = case()
             spent, spent_wall = time.process_time() - began, time.perf_counter() - began_wall
             del result
-            if turn:
+            if turn >= warm_up:
                 cpu[name].append(spent)
                 wall[name].append(spent_wall)
     return {name: Timing(cpu[name], wall[name], (scales or {}).get(name, 1.0)) for name in cases}

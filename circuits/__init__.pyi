@@ -3,6 +3,7 @@ from circuits.discovery import ALGORITHMS as ALGORITHMS
 from circuits.discovery import discover as discover
 from circuits.evaluation import Report as Report
 from circuits.evaluation import evaluate as evaluate
+from circuits.evaluation import ranking as ranking
 from circuits.graph import Circuit as Circuit
 from circuits.picture import draw as draw
 from circuits.roles import attention_roles as attention_roles

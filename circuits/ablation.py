@@ -5,15 +5,17 @@ and gives what every writer is replaced by, prompt by prompt and position by pos
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.writes import Writes
-from mechinterp.errors import CircuitError, nearest
+from mechinterp.errors import CircuitError, TaskError, nearest
 from mechinterp.models.transformer import Transformer
 from mechinterp.prompts import PromptBatch
+from mechinterp.tasks.base import Task
 
 Ablation = Callable[[Transformer, PromptBatch], Writes]
 
@@ -26,9 +28,11 @@ def resample(model: Transformer, prompts: PromptBatch) -> Writes:
 def mean(model: Transformer, prompts: PromptBatch) -> Writes:
     """The writer's mean over the corrupted prompts of the same template, position by position (Wang et al. 2022).
 
-    A template of one prompt has itself as its mean: use at least several prompts per template. One forward.
+    Prompts of one template that end at different positions are averaged apart, since their positions mean different
+    things. A template of one prompt has itself as its mean: use several prompts a template. One forward.
     """
-    return resample(model, prompts).map(lambda x: _group_mean(x, prompts.groups.to(x.device)))
+    layouts = torch.stack([prompts.groups, prompts.end], dim=1).unique(dim=0, return_inverse=True)[1]
+    return resample(model, prompts).map(lambda x: _group_mean(x, layouts.to(x.device)))
 
 
 def zero(model: Transformer, prompts: PromptBatch) -> Writes:
@@ -39,14 +43,33 @@ def zero(model: Transformer, prompts: PromptBatch) -> Writes:
 ABLATIONS: dict[str, Ablation] = {"resample": resample, "mean": mean, "zero": zero}
 
 
-def ablation_named(ablation: str | Ablation) -> tuple[str, Ablation]:
-    """A name or a function of one's own, as both."""
-    if not isinstance(ablation, str):
-        return getattr(ablation, "__name__", "custom"), ablation
-    if ablation not in ABLATIONS:
+@dataclass(frozen=True)
+class Replacement:
+    """What every writer is replaced by on every prompt of a task.
+
+    ``keeps_prefix``: where clean and corrupted prompts begin alike, the replacement is what the clean run does.
+    """
+
+    name: str
+    writes: Writes
+    keeps_prefix: bool
+
+
+def replacement_for(model: Transformer, task: Task, ablation: str | Ablation) -> Replacement:
+    """Run an ablation, given by name or as a function of one's own (which reports call ``custom:<its name>``)."""
+    if isinstance(ablation, str) and ablation not in ABLATIONS:
         hint = nearest(ablation, ABLATIONS)
         raise CircuitError(f"there is no ablation {ablation!r}; there are {', '.join(ABLATIONS)}.{hint}")
-    return ablation, ABLATIONS[ablation]
+    ablate = ABLATIONS[ablation] if isinstance(ablation, str) else ablation
+    known = next((name for name, function in ABLATIONS.items() if function is ablate), None)
+    if ablate is resample and torch.equal(task.prompts.clean, task.prompts.corrupted):
+        raise TaskError(
+            f"every corrupted prompt of {task.name!r} equals its clean one, so cutting an edge changes nothing. "
+            "Choose another corruption, or another ablation (mean, zero)."
+        )
+    with torch.no_grad():
+        writes = ablate(model, task.prompts.to(model.device))
+    return Replacement(known or f"custom:{getattr(ablate, '__name__', 'ablation')}", writes, ablate is resample)
 
 
 def _in_batches(model: Transformer, tokens: Int[Tensor, "batch pos"], batch_size: int = 256) -> Writes:

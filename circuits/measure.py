@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.cache import ActivationCache
+from mechinterp.errors import TaskError
 from mechinterp.metrics import READS_CANDIDATES_ONLY, Metric
 from mechinterp.models.transformer import ResidualStart, Transformer
 from mechinterp.prompts import PromptBatch
@@ -30,6 +31,11 @@ def measure(
     A pass's rows are variant-major: all prompts of variant 0 first. ``logits_at`` is each prompt's END unless the rows
     hold other positions. Where the metric reads its candidates' logits alone, nothing else is unembedded.
     """
+    if int(prompts.candidates.max()) >= model.config.d_vocab:
+        raise TaskError(
+            f"an answer or foil is token {int(prompts.candidates.max())}, and {model.config.name} knows "
+            f"{model.config.d_vocab}. Were they made with another model's tokenizer?"
+        )
     rows = prompts.to(model.device)
     rows = rows if variants == 1 else rows[torch.arange(len(prompts), device=model.device).repeat(variants)]
     only = rows.candidates if metric in READS_CANDIDATES_ONLY else None
@@ -38,4 +44,5 @@ def measure(
     if only is not None:
         columns = torch.arange(only.shape[1], device=model.device)
         rows = replace(rows, candidates=columns.expand_as(only).contiguous())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return metric(logits, rows).unflatten(0, (variants, len(prompts))), cache

@@ -1,12 +1,14 @@
 """What an evaluation found, as data: printed as a table, saved as JSON."""
 
-import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from mechinterp.files import write_text_atomically
+from mechinterp.errors import CircuitError
+from mechinterp.files import read_document, to_document, write_text_atomically
+
+_KIND, _VERSION = "mechinterp report", 1
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Curve:
     high: tuple[float, ...]
 
     def smallest(self, at_least: float) -> int | None:
-        """The smallest size from which the curve reaches ``at_least``; None if it never does."""
+        """The smallest measured size that reaches ``at_least`` (larger ones may fall below it again); None if none does."""
         return next((n for n, f in zip(self.n_edges, self.faithfulness, strict=True) if f >= at_least), None)
 
 
@@ -30,9 +32,9 @@ class Report:
     ``clean``, ``corrupted`` and ``circuit`` are mean metrics of the whole model, of no edges and of the circuit.
     ``interval`` is the 95 % bootstrap interval of ``faithfulness`` over prompts, ``quartiles`` those of single prompts.
     ``complement`` is the faithfulness of all *other* edges (small is good: nothing else does the task). ``random`` are
-    the faithfulnesses of random circuits of the same size connected to the logits. ``kl`` is KL(model ‖ circuit) in
-    nats, summed over the vocabulary. ``choices`` are the six of Miller et al. (2024), without which two faithfulnesses
-    cannot be compared.
+    the faithfulnesses of random circuits of the same size, each edge on a path from input to logits. ``groups`` is the
+    faithfulness of each template and order of names. An accuracy is the share of prompts whose best answer beats every
+    foil (not the whole vocabulary). ``kl`` is KL(model ‖ circuit) in nats, summed over the vocabulary.
     """
 
     model: str
@@ -57,10 +59,11 @@ class Report:
     accuracy_model: float
     accuracy_circuit: float
     kl: float
-    choices: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
-        choices = {
+    @property
+    def choices(self) -> dict[str, str]:
+        """The six of Miller et al. (2024), without which two faithfulnesses cannot be compared."""
+        return {
             "granularity": "head and MLP, q/k/v apart",
             "component": "edge",
             "ablation": self.ablation,
@@ -68,7 +71,6 @@ class Report:
             "direction": "destroy (cut from the clean run)",
             "set": "circuit",
         }
-        object.__setattr__(self, "choices", choices)
 
     @property
     def beats_random(self) -> float:
@@ -77,7 +79,20 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """JSON, whole or not at all."""
-        write_text_atomically(path, json.dumps({"format": "mechinterp report", "version": 1, **asdict(self)}, indent=2) + "\n")
+        write_text_atomically(path, to_document(_KIND, _VERSION, {**asdict(self), "choices": self.choices}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Report":
+        """What ``save`` wrote, equal. ``CircuitError`` names the file and what is wrong with it."""
+        document = read_document(path, _KIND, _VERSION, CircuitError)
+        facts = {name: value for name, value in document.items() if name not in ("format", "version", "choices")}
+        facts |= {name: tuple(facts[name]) for name in ("interval", "quartiles", "random") if name in facts}
+        try:
+            if facts.get("curve"):
+                facts["curve"] = Curve(**{name: tuple(values) for name, values in facts["curve"].items()})
+            return cls(**facts)
+        except TypeError as problem:
+            raise CircuitError(f"{os.fspath(path)!r} does not hold a usable report: {problem}") from problem
 
     def __str__(self) -> str:
         low, high = self.interval

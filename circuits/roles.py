@@ -21,6 +21,7 @@ from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
 
 Positions = Int[Tensor, "batch"]
+Pairs = list[tuple[str, str]]  # (query, key)
 REST = "the first token"
 # Keys that every query has: how far from it, or None for position 0.
 RELATIVE: dict[str, int | None] = {"itself": 0, "the one before": -1, REST: None}
@@ -62,35 +63,27 @@ def attention_roles(
     a1.h3 A2 -> B 0.94
     """
     by_layer, pairs = _by_layer(heads), _pairs(task.prompts)
-    shares: dict[tuple[Node, str, str], float] = defaultdict(float)
-    changes: dict[tuple[Node, str], float] = defaultdict(float)
+    sites = [Site(name, layer) for layer in by_layer for name in ("pattern", "z")]
+    nothing = torch.zeros(len(pairs), model.config.n_heads, device=model.device)
+    shares, changes = dict.fromkeys(by_layer, nothing), dict.fromkeys(by_layer, nothing)
     for prompts in task.batches(batch_size):
         prompts = prompts.to(model.device)
-        sites = [Site(name, layer) for layer in by_layer for name in ("pattern", "z")]
         _, clean = model.run(prompts.clean, record=sites, logits_at=prompts.end)
         _, corrupted = model.run(prompts.corrupted, record=sites, logits_at=prompts.end)
-        for layer, its_heads in by_layer.items():
-            moved = (clean["z", layer] - corrupted["z", layer]).norm(dim=-1)
-            for query in dict(pairs):
-                total = _at(moved, prompts.positions[query]).sum(0).tolist()
-                for head in its_heads:
-                    changes[head, query] += total[head.index or 0]
-            for query, key in pairs:
-                total = (
-                    _attention(clean["pattern", layer], prompts.positions[query], _place(prompts, query, key)).sum(0).tolist()
-                )
-                for head in its_heads:
-                    shares[head, query, key] += total[head.index or 0]
-    return {head: _most_telling(head, shares, changes, len(task))[:n] for layer in by_layer.values() for head in layer}
+        for layer in by_layer:
+            shares[layer] = shares[layer] + _attention(clean["pattern", layer], prompts, pairs)
+            changes[layer] = changes[layer] + _change(clean["z", layer] - corrupted["z", layer], prompts, pairs)
+    return {
+        head: _most_telling(pairs, shares[layer][:, head.index] / len(task), changes[layer][:, head.index])[:n]
+        for layer, its_heads in by_layer.items()
+        for head in its_heads
+    }
 
 
-def _most_telling(head: Node, shares, changes, n_prompts: int) -> list[Gaze]:
-    largest = max(change for (its_head, _), change in changes.items() if its_head == head) or 1.0
-    gazes = [
-        Gaze(query, key, share / n_prompts, changes[head, query] / largest)
-        for (its_head, query, key), share in shares.items()
-        if its_head == head
-    ]
+def _most_telling(pairs: Pairs, shares: Float[Tensor, "pair"], changes: Float[Tensor, "pair"]) -> list[Gaze]:
+    relative = changes / changes.max().clamp(min=1e-30)
+    numbers = zip(pairs, shares.tolist(), relative.tolist(), strict=True)
+    gazes = [Gaze(query, key, share, change) for (query, key), share, change in numbers]
     return sorted(gazes, key=lambda gaze: (gaze.key == REST, -gaze.share * gaze.change, -gaze.share))
 
 
@@ -103,19 +96,24 @@ def _by_layer(heads: Iterable[Node]) -> dict[int, list[Node]]:
     return by_layer
 
 
-def _at(values: Float[Tensor, "batch pos head_index"], pos: Positions) -> Float[Tensor, "batch head_index"]:
-    """The values at one position, which differs from prompt to prompt."""
-    return values[torch.arange(len(pos), device=values.device), pos]
-
-
 def _attention(
-    pattern: Float[Tensor, "batch head_index query_pos key_pos"], query: Positions, key: Positions
-) -> Float[Tensor, "batch head_index"]:
-    """The attention from one position to another, which differ from prompt to prompt."""
-    return pattern[torch.arange(len(query), device=pattern.device), :, query, key]
+    pattern: Float[Tensor, "batch head_index query_pos key_pos"], prompts: PromptBatch, pairs: Pairs
+) -> Float[Tensor, "pair head_index"]:
+    """The attention from each query to its key, summed over prompts (their positions differ from prompt to prompt)."""
+    rows = torch.arange(len(prompts), device=pattern.device)
+    looked = [pattern[rows, :, prompts.positions[query], _place(prompts, query, key)] for query, key in pairs]
+    return torch.stack(looked).sum(1)
 
 
-def _pairs(prompts: PromptBatch) -> list[tuple[str, str]]:
+def _change(
+    difference: Float[Tensor, "batch pos head_index d_head"], prompts: PromptBatch, pairs: Pairs
+) -> Float[Tensor, "pair head_index"]:
+    """How long the difference is at each pair's query, summed over prompts."""
+    rows, length = torch.arange(len(prompts), device=difference.device), difference.norm(dim=-1)
+    return torch.stack([length[rows, prompts.positions[query]] for query, _ in pairs]).sum(1)
+
+
+def _pairs(prompts: PromptBatch) -> Pairs:
     """Every (query, key), where no two names stand for the same token in every prompt."""
     pairs = []
     for query in _distinct(prompts.positions):

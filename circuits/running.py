@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.ablation import Ablation, replacement_for
 from circuits.graph import Circuit
 from circuits.wiring import Wiring
 from circuits.writes import Writes, expand, sites
@@ -20,16 +21,17 @@ from mechinterp.cache import ActivationCache
 from mechinterp.models.transformer import Transformer
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
+from mechinterp.tasks.base import Task
 
 _MEMORY = 64 * 2**20  # bytes for the per-writer differences of one pass: larger blocks are returned to the system each time
 
 
 def run_circuit(
-    model: Transformer, prompts: PromptBatch, circuit: Circuit, replacement: Writes
-) -> Float[Tensor, "batch d_vocab"]:
-    """Logits at END of ``circuit`` alone; its missing edges carry ``replacement`` (see ``circuits.ablation``)."""
+    model: Transformer, task: Task, circuit: Circuit, ablation: str | Ablation = "resample"
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits at END of ``circuit`` alone on the task's prompts; its missing edges carry what ``ablation`` puts there."""
     kept = Wiring.of(model.config).mask(circuit)
-    return run_circuits(model, prompts, kept[None], replacement)[0]
+    return run_circuits(model, task.prompts, kept[None], replacement_for(model, task, ablation).writes)[0]
 
 
 def run_circuits(
@@ -60,7 +62,7 @@ def measure_circuits(
     a_prompt = len(wiring.writers) * replacement.input[0].numel() * replacement.input.element_size()
     rows = max(1, _MEMORY // a_prompt)
     at_once = max(1, rows // len(prompts))
-    parts: list[list[list[Tensor]]] = [[] for _ in metrics]
+    parts: list[list[Tensor]] = [[] for _ in metrics]
     for some in cut.split(at_once):
         measured: list[list[Tensor]] = [[] for _ in metrics]
         for first in range(0, len(prompts), rows):
@@ -68,8 +70,9 @@ def measure_circuits(
             batch = prompts[here].to(model.device)
             with torch.no_grad():
                 logits = _run_stack(model, batch, some, replacement[here], wiring)
-            for values, metric in zip(measured, metrics, strict=True):
-                values.append(torch.stack([metric(one, batch) for one in logits]))
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                for values, metric in zip(measured, metrics, strict=True):
+                    values.append(torch.stack([metric(one, batch) for one in logits]))
         for part, values in zip(parts, measured, strict=True):
             part.append(torch.cat(values, dim=1))
         if progress is not None:

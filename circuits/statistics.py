@@ -7,11 +7,6 @@ from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError
 
 
-def resamples(n_prompts: int, n_resamples: int, seed: int) -> Int[np.ndarray, "resample prompt"]:
-    """Bootstrap rows: each a draw of all prompts with replacement."""
-    return np.random.default_rng(seed).integers(n_prompts, size=(n_resamples, n_prompts))
-
-
 def ratio_of_means(
     part: Float[np.ndarray, "*variants prompt"], whole: Float[np.ndarray, "prompt"]
 ) -> Float[np.ndarray, "*variants"]:
@@ -19,50 +14,83 @@ def ratio_of_means(
     return np.asarray(part.mean(-1) / whole.mean(-1))
 
 
-def bootstrap_interval(
-    part: Float[np.ndarray, "*variants prompt"],
-    whole: Float[np.ndarray, "prompt"],
-    *,
-    n_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[Float[np.ndarray, "*variants"], Float[np.ndarray, "*variants"]]:
-    """Percentile interval of ``ratio_of_means`` when the prompts are drawn again."""
-    draws = resamples(len(whole), n_resamples, seed)
-    ratios = part[..., draws].mean(-1) / whole[draws].mean(-1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+def bootstrap_means(
+    values: Float[np.ndarray, "*variants prompt"], *, n_resamples: int = 1000, seed: int = 0
+) -> Float[np.ndarray, "*variants resample"]:
+    """Means over prompts drawn again with replacement, the same draws for every variant."""
+    n = values.shape[-1]
+    times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    return values @ times_drawn.T / n
+
+
+def interval(samples: Float[np.ndarray, "*variants resample"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval of bootstrap samples: low ends, high ends."""
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return np.asarray(low), np.asarray(high)
 
 
-def random_circuits(wiring: Wiring, n_edges: int, n_circuits: int, seed: int) -> Bool[np.ndarray, "variant edge"]:
-    """Random circuits of exactly ``n_edges`` edges, all connected to the logits: the null that a found circuit must beat.
+def bootstrap_interval(
+    part: Float[np.ndarray, "*variants prompt"], whole: Float[np.ndarray, "prompt"], *, seed: int = 0
+) -> tuple[Float[np.ndarray, "*variants"], Float[np.ndarray, "*variants"]]:
+    """95 % percentile interval of ``ratio_of_means`` when the prompts are drawn again (1,000 times).
 
-    Grown backwards from the logits: each step adds one edge, chosen evenly among those whose reader is already in.
-    Edges drawn evenly from the whole model would mostly hang in the air, which makes too easy a null.
+    Means nothing where the mean of ``whole`` may be zero: see ``may_be_zero``.
+    """
+    return interval(bootstrap_means(part, seed=seed) / bootstrap_means(whole, seed=seed))
+
+
+def may_be_zero(values: Float[np.ndarray, "prompt"], seed: int = 0) -> bool:
+    """Whether the 95 % bootstrap interval of the mean contains zero."""
+    low, high = interval(bootstrap_means(values, seed=seed))
+    return bool(low <= 0 <= high)
+
+
+def random_circuits(wiring: Wiring, n_edges: int, n_circuits: int, seed: int) -> Bool[np.ndarray, "variant edge"]:
+    """Random circuits of exactly ``n_edges`` edges, each edge on a path from the input to the logits.
+
+    The null that a found circuit must beat. Grown backwards from the logits, one random edge at a time among those whose
+    reader is in; a writer that is new is joined to the input by random edges in turn. Edges drawn evenly from the whole
+    model would mostly hang in the air and carry nothing, which makes too easy a null.
     """
     rng = np.random.default_rng(seed)
-    return np.stack([_grow(wiring, n_edges, rng) for _ in range(n_circuits)])
+    into = _edges_into(wiring)
+    found: list[np.ndarray] = []
+    while len(found) < n_circuits:
+        grown = _grow(wiring, into, n_edges, rng)
+        found += [grown] if grown is not None else []  # one that got stuck an edge short is thrown away
+    return np.stack(found)
 
 
-def _grow(wiring: Wiring, n_edges: int, rng: np.random.Generator) -> Bool[np.ndarray, "edge"]:
-    into = {node: np.empty(0, int) for node in wiring.writers}
-    readers = np.split(np.arange(wiring.n_edges), np.cumsum(wiring.writers_before)[:-1])
-    for reader, edges in zip(wiring.readers, readers, strict=True):
-        owner = reader.with_port(None)
-        if owner in into:
-            into[owner] = np.concatenate([into[owner], edges])
+def _grow(wiring: Wiring, into: list[np.ndarray], n_edges: int, rng: np.random.Generator) -> Bool[np.ndarray, "edge"] | None:
     kept = np.zeros(wiring.n_edges, dtype=bool)
-    open_edges, reached = list(readers[-1]), set()
-    for _ in range(n_edges):
-        pick = int(rng.integers(len(open_edges)))
-        open_edges[pick], open_edges[-1] = open_edges[-1], open_edges[pick]
-        edge = open_edges.pop()
-        kept[edge] = True
-        writer = wiring.writers[wiring.edge_writer[edge]]
+    reached, candidates = {0}, list(into[-1])  # writer 0 is the input
+    remaining = n_edges
+    while remaining:
+        if remaining == 1 and not any(int(wiring.edge_writer[edge]) in reached for edge in candidates):
+            return None  # every edge left needs a second one that joins its writer to the input
+        pick = int(rng.integers(len(candidates)))
+        chain = [int(candidates[pick])]
+        while (writer := int(wiring.edge_writer[chain[-1]])) not in reached and len(chain) < remaining:
+            before = into[writer]
+            from_input = before[wiring.edge_writer[before] == 0]
+            chain.append(int(rng.choice(from_input if len(chain) == remaining - 1 else before)))
         if writer not in reached:
-            reached.add(writer)
-            open_edges.extend(into[writer])
+            continue
+        candidates[pick] = candidates[-1]
+        candidates.pop()
+        kept[chain] = True
+        remaining -= len(chain)
+        for new in (int(wiring.edge_writer[edge]) for edge in chain[:-1]):
+            reached.add(new)
+            candidates += [edge for edge in into[new] if not kept[edge]]
     return kept
+
+
+def _edges_into(wiring: Wiring) -> list[Int[np.ndarray, "edge"]]:
+    """The edges that each writer reads through, any port; last those of the logits."""
+    position = {node: index for index, node in enumerate(wiring.writers)}
+    owner = np.array([position.get(reader.with_port(None), len(position)) for reader in wiring.readers])
+    return [np.flatnonzero(owner[wiring.edge_reader] == index) for index in range(len(position) + 1)]
 
 
 def auroc(scores: Float[np.ndarray, "item"], truth: Bool[np.ndarray, "item"]) -> float:
@@ -81,12 +109,8 @@ def average_precision(scores: Float[np.ndarray, "item"], truth: Bool[np.ndarray,
 
     Chance is the share of positives, which among edges is one to three per cent: a sterner test than the ROC.
     """
-    positives, _ = _both(truth)
-    thresholds = np.unique(scores)[::-1]
-    order = np.argsort(-scores, kind="stable")
-    taken = np.searchsorted(-scores[order], -thresholds, side="right")
-    hits = np.cumsum(truth[order])[taken - 1]
-    return float((np.diff(hits, prepend=0) * hits / taken).sum() / positives)
+    precision, recall = precision_recall_curve(scores, truth)
+    return float((np.diff(recall, prepend=0) * precision).sum())
 
 
 def _both(truth: np.ndarray) -> tuple[int, int]:
@@ -97,3 +121,24 @@ def _both(truth: np.ndarray) -> tuple[int, int]:
             "some are not."
         )
     return positives, len(truth) - positives
+
+
+def roc_curve(scores: Float[np.ndarray, "item"], truth: Bool[np.ndarray, "item"]) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates as the threshold falls, from (0, 0) to (1, 1); tied items enter together."""
+    positives, negatives = _both(truth)
+    taken, hits = _taken(scores, truth)
+    return np.append(0, (taken - hits) / negatives), np.append(0, hits / positives)
+
+
+def precision_recall_curve(scores: Float[np.ndarray, "item"], truth: Bool[np.ndarray, "item"]) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall as the threshold falls; tied items enter together."""
+    positives, _ = _both(truth)
+    taken, hits = _taken(scores, truth)
+    return hits / taken, hits / positives
+
+
+def _taken(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At each threshold from the highest score down: how many items are taken, and how many of them are true."""
+    order = np.argsort(-scores, kind="stable")
+    taken = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1
+    return taken, np.cumsum(truth[order])[taken - 1]

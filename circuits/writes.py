@@ -42,7 +42,7 @@ class Writes:
     def during(cls, model: Transformer, tokens: Tensor) -> "Writes":
         """The writes of a plain forward pass over ``tokens``."""
         with torch.no_grad():
-            _, cache = model.run(tokens, record=sites(model), logits_at="last")
+            _, cache = model.run(tokens, record=sites(model), logits_at="last", logits_of=tokens[:, :0])
         return cls.of(cache, model.weights)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Writes":
@@ -75,7 +75,8 @@ class Writes:
             if start >= n:
                 break
             heads = min(self.weights.config.n_heads, n - start)
-            stacked[start : start + heads] = self.heads(layer)[:heads]
+            per_head = self.z[layer][:, :, :heads].flatten(0, 1).transpose(0, 1)
+            torch.bmm(per_head, self.weights.W_O(layer)[:heads], out=stacked[start : start + heads].flatten(1, 2))
             if self.mlp_out and start + heads < n:
                 stacked[start + heads] = self.mlp_out[layer]
         return stacked

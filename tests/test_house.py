@@ -1,4 +1,4 @@
-"""Imports run down the house (README of the layers: mechinterp, then saes, then circuits, then the command line)."""
+"""Imports run down the house: circuits stands on saes, saes on mechinterp, and the command line on top of all."""
 
 import ast
 from collections.abc import Iterator

@@ -11,9 +11,10 @@ for a metric and this one for a loss). Where the published EAP-IG code differs f
 divides by the batch size twice, and its activations variant adds every reader's gradient to every earlier writer.
 """
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,10 +22,11 @@ from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation
 from circuits.discovery.gradients import ReaderGradients, reader_gradients
-from circuits.discovery.walk import assemble, batches, replacements
+from circuits.discovery.walk import Walk
 from circuits.scores import Scores
 from circuits.wiring import Wiring
 from circuits.writes import Writes, sites
+from mechinterp.cache import ActivationCache
 from mechinterp.errors import CircuitError, nearest
 from mechinterp.metrics import Metric
 from mechinterp.models.transformer import ResidualStart, Transformer
@@ -33,6 +35,8 @@ from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
 
 _ROWS_AT_ONCE = 4096  # tokens of one forward and backward pass; steps are stacked up to this
+_OFFSETS = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
+_PATHS = {"inputs": "eap-ig", "activations": "eap-ig-activations"}
 
 
 def eap(
@@ -42,21 +46,25 @@ def eap(
     ablation: str | Ablation = "resample",
     batch_size: int | None = None,
     keep_prompts: bool = False,
+    resume: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Scores:
     """First-order effect of every edge, in units of the metric. Two forwards and one backward for all of them.
 
-    Blind where softmax or activations saturate, and identically zero for a divergence from the clean run.
+    Blind where softmax or activations saturate, and identically zero for a divergence from the clean run. Settings as in
+    ``exact``.
     """
 
-    def score(prompts: PromptBatch, replaced: Writes) -> Iterator[Tensor]:
+    def score(prompts: PromptBatch, replaced: Writes, bar: tqdm) -> Float[Tensor, "prompt edge"]:
         start = ResidualStart(Site("resid_pre", 0), model.embed(prompts.clean))
         keep = [site for site in sites(model) if "embed" not in site]
         gradients = reader_gradients(model, prompts, task.metric, start, record=keep)
-        delta = (replaced - _writes(model, start.value, gradients)).map(torch.detach)
-        yield _contract(delta, gradients, slice(0, None))
+        delta = (replaced - _writes(model, start.value, gradients.cache)).map(torch.detach)
+        bar.update(len(prompts))
+        return _edges(model, _contract(_by_prompt(delta), gradients, Wiring.of(model.config)))
 
-    return _over_batches(model, task, "eap", score, ablation, batch_size, keep_prompts, progress, {})
+    walk = Walk(model, task, "eap", ablation, batch_size, keep_prompts, resume, progress)
+    return walk.scores(lambda _: score)
 
 
 def eap_ig(
@@ -69,55 +77,60 @@ def eap_ig(
     ablation: str | Ablation = "resample",
     batch_size: int | None = None,
     keep_prompts: bool = False,
+    resume: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Scores:
     """Integrated-gradient effect of every edge, in units of the metric.
 
     ``grid``: where the ``steps`` gradients are taken, ``(k + 1/2)/n`` (default), ``k/n`` or ``(k + 1)/n``; 0 is the
-    corrupted run. The published code uses "left" for inputs and "right" for activations. Cost: two forwards and
-    ``steps`` forwards and backwards; ``path="activations"`` does that once for every module.
+    corrupted run. The published code uses "left" for inputs and "right" for activations. Other settings as in ``exact``.
+    Cost: two forwards and ``steps`` forwards and backwards; ``path="activations"`` does that once for every module.
     """
-    alphas = _grid(steps, grid)
-    if path not in ("inputs", "activations"):
-        raise CircuitError(f"the path of integrated gradients is 'inputs' or 'activations', not {path!r}.{nearest(path, ['inputs', 'activations'])}")
+    alphas = _alphas(steps, grid)
+    if path not in _PATHS:
+        raise CircuitError(f"the path is 'inputs' or 'activations', not {path!r}.{nearest(path, _PATHS)}")
 
-    def score(prompts: PromptBatch, replaced: Writes) -> Iterator[Tensor]:
-        with torch.no_grad():
-            wanted = [*sites(model), *(("resid_mid",) if model.config.has_mlp and not model.config.parallel else ()), "resid_post"]
-            _, cache = model.run(prompts.clean, record=wanted, logits_at="last")
-            delta = replaced - Writes.of(cache, model.weights)
+    def score(prompts: PromptBatch, replaced: Writes, bar: tqdm) -> Float[Tensor, "prompt edge"]:
+        wiring, cache = Wiring.of(model.config), _clean(model, prompts)
+        delta = replaced - Writes.of(cache, model.weights)
+        wrote = _by_prompt(delta)
+        found = wrote.new_zeros((len(prompts), len(wiring.writers), len(wiring.readers)))
         for module in _modules(delta, cache, only_input=path == "inputs"):
+            writers = slice(0, None) if path == "inputs" else module.writers
             for gradients in _along(model, prompts, task.metric, module, alphas):
-                share = gradients.metric.shape[0] / len(alphas)
-                yield share * _contract(delta, gradients, slice(0, None) if path == "inputs" else module.writers)
+                share = len(gradients.metric) / len(alphas)
+                found[:, writers] += share * _contract(wrote, gradients, wiring, writers)
+        bar.update(len(prompts))
+        return _edges(model, found)
 
-    name = "eap-ig" if path == "inputs" else "eap-ig-activations"
     settings = {"steps": steps, "path": path, "grid": grid}
-    return _over_batches(model, task, name, score, ablation, batch_size, keep_prompts, progress, settings)
+    walk = Walk(model, task, _PATHS[path], ablation, batch_size, keep_prompts, resume, progress, settings)
+    return walk.scores(lambda _: score)
 
 
+@dataclass(frozen=True)
 class _Module:
     """A place where the path of integrated gradients runs: the clean stream, its change, and who writes there."""
 
-    def __init__(self, site: Site, stream: Tensor, change: Tensor, writers: slice):
-        self.site, self.stream, self.change, self.writers = site, stream, change, writers
+    site: Site
+    stream: Tensor
+    change: Tensor
+    writers: slice
 
 
-def _modules(delta: Writes, cache, *, only_input: bool) -> Iterator[_Module]:
-    clean = cache["embed"] + cache["pos_embed"]
-    yield _Module(Site("resid_pre", 0), clean, delta.input, slice(0, 1))
+def _modules(delta: Writes, cache: ActivationCache, *, only_input: bool) -> Iterator[_Module]:
+    yield _Module(Site("resid_pre", 0), cache["embed"] + cache["pos_embed"], delta.input, slice(0, 1))
     if only_input:
         return
-    heads, after = delta.weights.config.n_heads, 1
+    heads, first = delta.weights.config.n_heads, 1
     for layer, z in enumerate(delta.z):
         site = Site("resid_mid" if Site("resid_mid", layer) in cache else "resid_post", layer)
-        change = z.flatten(2) @ delta.weights.blocks[layer].W_O
-        yield _Module(site, cache[site], change, slice(after, after + heads))
-        after += heads
+        yield _Module(site, cache[site], z.flatten(2) @ delta.weights.blocks[layer].W_O, slice(first, first + heads))
+        first += heads
         if delta.mlp_out:
             site = Site("resid_post", layer)
-            yield _Module(site, cache[site], delta.mlp_out[layer], slice(after, after + 1))
-            after += 1
+            yield _Module(site, cache[site], delta.mlp_out[layer], slice(first, first + 1))
+            first += 1
 
 
 def _along(model, prompts: PromptBatch, metric: Metric, module: _Module, alphas: list[float]) -> Iterator[ReaderGradients]:
@@ -130,42 +143,48 @@ def _along(model, prompts: PromptBatch, metric: Metric, module: _Module, alphas:
 
 
 @torch.no_grad()
-def _contract(delta: Writes, gradients: ReaderGradients, writers: slice) -> Float[Tensor, "batch writer reader"]:
+def _contract(
+    wrote: Float[Tensor, "batch writer pos_d_model"],
+    gradients: ReaderGradients,
+    wiring: Wiring,
+    writers: slice = slice(0, None),
+) -> Float[Tensor, "batch some_writer reader"]:
     """``-<Δ_u, g_v>`` for all pairs, one batched product a layer; per prompt, summed over positions."""
-    wiring = Wiring.of(delta.weights.config)
-    n_prompts = delta.input.shape[0]
-    grid = delta.input.new_zeros((n_prompts, len(wiring.writers), len(wiring.readers)))
-    wrote = delta.first(len(wiring.writers)).flatten(2).transpose(0, 1)
+    some = wrote[:, writers]
+    grid = wrote.new_zeros((*some.shape[:2], len(wiring.readers)))
     for readers, gradient in gradients.readers():
-        stop = min(int(wiring.writers_before[readers.start]), writers.stop or len(wiring.writers))
-        mine = slice(writers.start, stop)
+        open_to = int(wiring.writers_before[readers.start]) - (writers.start or 0)
         read = gradient.flatten(2).transpose(0, 1)
-        grid[:, mine, readers] = torch.bmm(wrote[:, mine], read.transpose(1, 2)).neg_()
+        grid[:, :open_to, readers] = torch.bmm(some[:, :open_to], read.transpose(1, 2)).neg_()
     return grid
 
 
-def _writes(model: Transformer, embedded: Tensor, gradients: ReaderGradients) -> Writes:
-    layers = range(model.config.n_layers)
-    mlp_out = tuple(gradients.cache["mlp_out", layer] for layer in layers) if model.config.has_mlp else ()
-    return Writes(model.weights, embedded, tuple(gradients.cache["z", layer] for layer in layers), mlp_out)
+def _by_prompt(delta: Writes) -> Float[Tensor, "batch writer pos_d_model"]:
+    return delta.first(len(Wiring.of(delta.weights.config).writers)).flatten(2).transpose(0, 1)
 
 
-def _over_batches(model, task: Task, name, score, ablation, batch_size, keep_prompts, progress, settings) -> Scores:
+def _edges(model: Transformer, grid: Float[Tensor, "batch writer reader"]) -> Float[Tensor, "batch edge"]:
     wiring = Wiring.of(model.config)
-    ablation_name, replacement = replacements(model, task, ablation)
-    rows: list[np.ndarray] = []
-    with tqdm(total=len(task), desc=name, unit="prompt", disable=not progress) as bar:
-        for prompts, replaced in batches(model, task, replacement, batch_size):
-            grid = sum(score(prompts.to(model.device), replaced))
-            rows.append(wiring.vector(grid.cpu().numpy()))
-            bar.update(len(prompts))
-    return assemble(model, task, name, np.concatenate(rows), keep_prompts, {"ablation": ablation_name, **settings})
+    return grid[:, wiring.edge_writer, wiring.edge_reader]
 
 
-def _grid(steps: int, grid: str) -> list[float]:
-    offsets = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
+@torch.no_grad()
+def _clean(model: Transformer, prompts: PromptBatch) -> ActivationCache:
+    """The clean run's writes, and the stream wherever a path can enter it."""
+    enters = ["resid_mid"] if model.config.has_mlp and not model.config.parallel else []
+    wanted = [*sites(model), *enters, "resid_post"]
+    return model.run(prompts.clean, record=wanted, logits_at="last", logits_of=prompts.clean[:, :0])[1]
+
+
+def _writes(model: Transformer, embedded: Tensor, cache: ActivationCache) -> Writes:
+    layers = range(model.config.n_layers)
+    mlp_out = tuple(cache["mlp_out", layer] for layer in layers) if model.config.has_mlp else ()
+    return Writes(model.weights, embedded, tuple(cache["z", layer] for layer in layers), mlp_out)
+
+
+def _alphas(steps: int, grid: str) -> list[float]:
     if steps < 1:
         raise CircuitError(f"integrated gradients need at least one step, not {steps}. Five are usual.")
-    if grid not in offsets:
-        raise CircuitError(f"the grid is one of {', '.join(offsets)}, not {grid!r}.{nearest(grid, offsets)}")
-    return [(k + offsets[grid]) / steps for k in range(steps)]
+    if grid not in _OFFSETS:
+        raise CircuitError(f"the grid is one of {', '.join(_OFFSETS)}, not {grid!r}.{nearest(grid, _OFFSETS)}")
+    return [(k + _OFFSETS[grid]) / steps for k in range(steps)]

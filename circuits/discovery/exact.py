@@ -13,18 +13,19 @@ Layer by layer:
 3. *logits*: the changed final stream is unembedded; no layer runs.
 """
 
-import numpy as np
+import os
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.ablation import Ablation
+from circuits.ablation import Ablation, Replacement
+from circuits.discovery.heads import HeadsOf
 from circuits.discovery.suffix import TOKENS_AT_ONCE, CleanRun, at_end
-from circuits.discovery.walk import over_batches
+from circuits.discovery.walk import BatchScore, Walk
 from circuits.scores import Scores
 from circuits.wiring import Wiring
-from circuits.writes import expand
 from mechinterp.models.transformer import Transformer
 from mechinterp.tasks.base import Task
 
@@ -36,31 +37,37 @@ def exact(
     ablation: str | Ablation = "resample",
     batch_size: int | None = None,
     keep_prompts: bool = False,
+    resume: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Scores:
     """The measured effect of every edge, in units of the metric; positive: cutting the edge hurts.
 
-    ``keep_prompts`` keeps each prompt's own effect. Cost: for every edge one pass through the layers after its reader,
-    at the positions where the prompts differ. No other setting changes the numbers.
+    ``keep_prompts`` keeps each prompt's own effect. ``resume`` is a folder that keeps finished batches, so that the same
+    call goes on where it was interrupted. Cost: for every edge one pass through the layers after its reader, at the
+    positions where the prompts differ. None of these settings changes the numbers but ``ablation``.
     """
     wiring = Wiring.of(model.config)
-    with tqdm(total=wiring.n_edges * len(task), desc="exact", unit="edge", disable=not progress) as bar:
-        return over_batches(
-            model, task, "exact", lambda run: _edges(run, wiring, bar), ablation, batch_size, keep_prompts, settings={}
+    walk = Walk(model, task, "exact", ablation, batch_size, keep_prompts, resume, progress)
+
+    def score(replacement: Replacement) -> BatchScore:
+        return lambda prompts, replaced, bar: _edges(
+            CleanRun.record(model, prompts, task.metric, replaced, shares_prefix=replacement.keeps_prefix), wiring, bar
         )
+
+    return walk.scores(score, unit="edge", units_a_prompt=wiring.n_edges)
 
 
 @torch.no_grad()
-def _edges(run: CleanRun, wiring: Wiring, bar: tqdm) -> Float[np.ndarray, "prompt edge"]:
+def _edges(run: CleanRun, wiring: Wiring, bar: tqdm) -> Float[Tensor, "prompt edge"]:
     """One batch: the fall of the metric for each edge and prompt."""
-    grid = torch.zeros((len(wiring.writers), len(wiring.readers), len(run.prompts)), device=run.model.device, dtype=run.model.dtype)
+    grid = run.clean_metric.new_zeros((len(wiring.writers), len(wiring.readers), len(run.prompts)))
     deltas = run.delta.first(len(wiring.writers))
     heads, per_layer = wiring.n_heads, 3 * wiring.n_heads + wiring.has_mlp
     for layer in range(wiring.n_layers):
         first = layer * per_layer
-        sources = int(wiring.writers_before[first])
-        for some in torch.arange(sources).split(_sources_at_once(run, heads)):
-            falls = _head_falls(run, layer, deltas[some])
+        sources, entrance = int(wiring.writers_before[first]), HeadsOf(run, layer)
+        for some in torch.arange(sources).split(_sources_at_once(run, 3)):
+            falls = _head_falls(entrance, deltas[some])
             grid[some, first : first + 3 * heads] = falls
             bar.update(falls.numel())
         if wiring.has_mlp:
@@ -71,25 +78,22 @@ def _edges(run: CleanRun, wiring: Wiring, bar: tqdm) -> Float[np.ndarray, "promp
                 bar.update(len(some) * len(run.prompts))
     grid[:, -1] = run.falls("resid_post", wiring.n_layers - 1, _ends_of(run, deltas))
     bar.update(grid[:, -1].numel())
-    return wiring.vector(grid.movedim(2, 0).cpu().numpy())
+    return grid[wiring.edge_writer, wiring.edge_reader].T
 
 
-def _head_falls(run: CleanRun, layer: int, deltas: Float[Tensor, "source batch pos d_model"]):
+def _head_falls(heads: HeadsOf, deltas: Float[Tensor, "source batch pos d_model"]):
     """``[source port*head batch]``: each source cut from each port of each head of the layer."""
-    model, sources = run.model, len(deltas)
+    run, layer, model, sources = heads.run, heads.layer, heads.run.model, len(deltas)
     clean = [run[port, layer].repeat(sources, 1, 1, 1) for port in "qkv"]
     changed = model.project(layer, (run["resid_pre", layer] + deltas).flatten(0, 1))
     z = run["z", layer].repeat(sources, 1, 1, 1)
-    falls = []
+    changes = []
     for port in range(3):
         mixed = model.mix(layer, *(changed[i] if i == port else clean[i] for i in range(3)), prefix=run.prefix)
-        difference = mixed - z
-        if layer == model.config.n_layers - 1:
-            difference = at_end(run, difference)
-        written = expand(model.weights, layer, difference).unflatten(1, (sources, -1))
-        variants = run.falls(run.after_attention(layer), layer, written.flatten(0, 1))
-        falls.append(variants.unflatten(0, (-1, sources)).transpose(0, 1))
-    return torch.cat(falls, dim=1)
+        change = mixed - z
+        changes.append(at_end(run, change) if layer == model.config.n_layers - 1 else change)
+    falls = heads.falls(torch.cat(changes).unflatten(0, (3 * sources, -1)))
+    return falls.unflatten(1, (3, sources)).permute(2, 1, 0, 3).flatten(1, 2)
 
 
 def _mlp_falls(run: CleanRun, layer: int, deltas: Float[Tensor, "source batch pos d_model"]) -> Float[Tensor, "source batch"]:

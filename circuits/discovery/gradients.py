@@ -16,6 +16,7 @@ from torch import Tensor
 from circuits.measure import measure
 from circuits.wiring import Wiring
 from mechinterp.cache import ActivationCache
+from mechinterp.errors import TaskError
 from mechinterp.metrics import Metric
 from mechinterp.models.normalization import pull_back
 from mechinterp.models.transformer import ResidualStart, Transformer
@@ -79,6 +80,11 @@ def reader_gradients(
     streams = [Site("resid_pre", site.layer) for site in targets if site.name == "q"]
     leaf = ResidualStart(start.site, start.value.detach().requires_grad_())
     values, cache = measure(model, prompts, metric, start=leaf, variants=variants, record=[*targets, *streams, *record])
+    if not values.requires_grad:
+        raise TaskError(
+            "the metric has no gradient (it counts right answers, say), so edges cannot be attributed by gradients. Use a "
+            "metric of the logits' values, or the method 'exact'."
+        )
     found = torch.autograd.grad(values.sum(), [cache[site] for site in targets])
     return ReaderGradients(model, cache, dict(zip(targets, found, strict=True)), values.detach())
 

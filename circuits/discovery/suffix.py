@@ -20,7 +20,7 @@ from mechinterp.models.transformer import ResidualStart, Transformer
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 
-TOKENS_AT_ONCE = 4096  # rows of one stacked pass; more gains nothing on a CPU and costs memory
+TOKENS_AT_ONCE = 1024  # of one stacked pass: what an MLP holds of them still fits a CPU's cache, and more gains nothing
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class CleanRun:
         wanted = [*sites(model), "resid_pre", "q", "k", "v", "resid_post"]
         wanted += ["resid_mid"] if model.config.has_mlp and not model.config.parallel else []
         prompts = prompts.to(model.device)
-        _, cache = model.run(prompts.clean, record=wanted, logits_at="last")
-        first = min(prompts.shared_prefix, prompts.clean.shape[1] - 1) if shares_prefix else 0
+        _, cache = model.run(prompts.clean, record=wanted, logits_at="last", logits_of=prompts.clean[:, :0])
+        first = min(prompts.shared_prefix, int(prompts.end.min())) if shares_prefix else 0
         last = Site("resid_post", model.config.n_layers - 1)
         start = ResidualStart(last, _at(cache[last], prompts.end))
         clean, _ = measure(model, prompts, metric, start=start, logits_at=torch.zeros_like(prompts.end))

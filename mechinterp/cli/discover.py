@@ -23,6 +23,7 @@ def discover(
     method: Annotated[str, typer.Option(help="How edges are scored (see `mechinterp methods`).")] = "eap-ig",
     prompts: Annotated[int, typer.Option(help="How many prompt pairs (from a file: at most).")] = 64,
     edges: Annotated[int, typer.Option(help="How many edges the circuit keeps.")] = 100,
+    ablation: Annotated[str, typer.Option(help="What cut edges carry: resample, mean or zero.")] = "resample",
     corruption: Annotated[str | None, typer.Option(help="How prompts are corrupted. Default: the task's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts, the intervals and the random circuits.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
@@ -36,7 +37,7 @@ def discover(
     from circuits import attention_roles, evaluate
     from circuits import discover as score
 
-    _check(prompts, edges, method)
+    _check(prompts, edges, method, ablation)
     out = out or Path(f"mechinterp-{Path(task).stem}")
     is_file = _names_a_file(out)
     with folder_written_whole(out.parent if is_file else out, () if is_file else FILES) as scratch:
@@ -46,7 +47,7 @@ def discover(
         made, fresh = _make_tasks(task, transformer, prompts, seed, corruption, trust_ids)
         say.what_is_analysed(model, transformer, made)
         started, shows_progress = time.perf_counter(), sys.stderr.isatty()
-        scores = score(transformer, made, method, progress=shows_progress)
+        scores = score(transformer, made, method, ablation=ablation, progress=shows_progress)
         print(f"Method  {method}: {len(scores):,} {scores.items}s scored in {time.perf_counter() - started:.1f} s")
         circuit = report = None
         if scores.items == "node":
@@ -54,16 +55,16 @@ def discover(
         else:
             circuit = scores.top(edges)
             say.circuit_found(circuit, scores.unit, attention_roles(transformer, fresh, circuit.heads, n=2))
-            report = evaluate(transformer, fresh, circuit, scores, seed=seed, progress=shows_progress)
+            report = evaluate(transformer, fresh, circuit, scores, ablation=ablation, seed=seed, progress=shows_progress)
             say.how_faithful(report, fresh is not made)
         _save(scratch, out.name if is_file else None, circuit, scores, report)
         written = sorted(file.name for file in scratch.iterdir())
     print(f"\nWritten to {out.parent if is_file else out}: {', '.join(written)}")
 
 
-def _check(prompts: int, edges: int, method: str) -> None:
+def _check(prompts: int, edges: int, method: str, ablation: str) -> None:
     """What can be refused before anything is loaded."""
-    from circuits import ALGORITHMS
+    from circuits import ABLATIONS, ALGORITHMS
 
     if edges < 1:
         raise CircuitError(f"--edges {edges} keeps nothing. Ask for at least 1.")
@@ -71,6 +72,10 @@ def _check(prompts: int, edges: int, method: str) -> None:
         raise TaskError(f"--prompts {prompts} asks for no prompts. Ask for at least 1.")
     if method not in ALGORITHMS:
         raise CircuitError(f"there is no method {method!r}. There are: {', '.join(ALGORITHMS)}.{nearest(method, ALGORITHMS)}")
+    if ablation not in ABLATIONS:
+        raise CircuitError(
+            f"there is no ablation {ablation!r}. There are: {', '.join(ABLATIONS)}.{nearest(ablation, ABLATIONS)}"
+        )
 
 
 def _names_a_file(out: Path) -> bool:
@@ -113,7 +118,7 @@ def _make_tasks(name: str, transformer: Any, n: int, seed: int, corruption: str 
         )
     both = from_file(transformer, name, n_prompts=2 * n, seed=seed, corruption=corruption, trust_ids=trust_ids)
     made = replace(both, prompts=both.prompts[:n])
-    return made, replace(both, prompts=both.prompts[n:]) if len(both) == 2 * n else made
+    return made, replace(both, prompts=both.prompts[n:]) if len(both) > n else made
 
 
 def _heads(scores: Any) -> list[Any]:

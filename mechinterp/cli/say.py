@@ -16,16 +16,20 @@ def warn(text: str) -> None:
 
 def what_is_analysed(name: str, transformer: Any, task: Any) -> None:
     """The model, the task by example, and how well the one does the other."""
+    from circuits.statistics import may_be_zero
+
     clean, corrupted, right = _measure(transformer, task)
     print(f"Model   {name}: {model_in_words(transformer.config)}")
     print(f"Task    {task.name}: {len(task)} prompts, such as {shortened(task.text(0))}, then {answer_in_words(task)}")
     print(f"        corrupted ({task.corruption}): {shortened(task.text(0, corrupted=True))}")
     if dropped := dropped_in_words(task.notes.get("dropped")):
         print(f"        left out: {dropped}")
-    print(f"Metric  {task.metric_name}: {clean:.3g} on clean prompts, {corrupted:.3g} on corrupted ones")
-    print(f"        the best answer beats every foil in {right:.0%} of the clean prompts")
-    if clean - corrupted < 0.01 or right < 0.6:
+    print(f"Metric  {task.metric_name}: {clean.mean():.3g} on clean prompts, {corrupted.mean():.3g} on corrupted ones")
+    print(f"        the best answer beats every foil in {right.mean():.0%} of the clean prompts")
+    if right.mean() < 0.6:
         warn("the model hardly does this task, so its circuit means little.")
+    if may_be_zero(clean - corrupted):
+        warn(f"corrupting by {task.corruption!r} may not change {task.metric_name} at all: another --corruption shows more.")
 
 
 def circuit_found(circuit: Any, unit: str, roles: Mapping[Any, Sequence[Any]]) -> None:
@@ -67,20 +71,19 @@ def _looks(gazes: Sequence[Any]) -> str:
     return ", ".join(str(gaze) for index, gaze in enumerate(gazes) if index == 0 or gaze.share * gaze.change >= 0.25)
 
 
-def _measure(transformer: Any, task: Any) -> tuple[float, float, float]:
-    """Mean metric on clean and on corrupted prompts, and how often an answer beats every foil."""
+def _measure(transformer: Any, task: Any) -> tuple[Any, Any, Any]:
+    """Each prompt's metric, clean and corrupted, and whether its best answer beats every foil."""
     import torch
 
     from mechinterp.metrics import is_preferred
 
-    totals = torch.zeros(3)
+    rows = []
     with torch.no_grad():
         for prompts in task.batches(64):
             prompts = prompts.to(transformer.device)
             clean, corrupted = (
-                transformer.run(tokens, logits_at=prompts.end)[0] for tokens in (prompts.clean, prompts.corrupted)
+                transformer.run(tokens, logits_at=prompts.end)[0].float() for tokens in (prompts.clean, prompts.corrupted)
             )
-            sums = [task.metric(clean, prompts), task.metric(corrupted, prompts), is_preferred(clean, prompts)]
-            totals += torch.stack([values.sum() for values in sums]).cpu()
-    clean, corrupted, right = (totals / len(task)).tolist()
-    return clean, corrupted, right
+            found = [task.metric(clean, prompts), task.metric(corrupted, prompts), is_preferred(clean, prompts)]
+            rows.append(torch.stack(found).cpu())
+    return tuple(torch.cat(rows, dim=1).double().numpy())

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +86,27 @@ def _from_directory(directory: Path) -> Transformer:
     facts = directory / "config.json"
     if not facts.is_file():
         raise ModelError(f"{directory} has no config.json, so it holds no model. Save one there with `save_pretrained`.")
-    text = facts.read_text(encoding="utf-8")
-    if '"mechinterp-model"' in text:
-        config, named = ModelConfig.from_json(text), convert.read_safetensors(directory)
-        tokenizer = Tokenizer.from_directory(directory, config.name) if (directory / "tokenizer.json").is_file() else None
-    else:
-        config, named = convert.from_hugging_face(directory)
-        tokenizer = _hugging_face_tokenizer(directory)
+    try:
+        text = facts.read_text(encoding="utf-8")
+        is_ours = '"mechinterp-model"' in text
+        if is_ours:
+            config, named = ModelConfig.from_json(text), convert.read_safetensors(directory)
+        else:
+            config, named = convert.from_hugging_face(directory)
+    except (KeyError, TypeError, ValueError) as problem:
+        what = f"it lacks {problem}" if isinstance(problem, KeyError) else problem
+        raise ModelError(f"{facts} does not describe a model: {what}. Download or write it again.") from problem
+    tokenizer = _our_tokenizer(directory, config.name) if is_ours else _hugging_face_tokenizer(directory)
     return Transformer(Weights.from_named(config, named), tokenizer)
+
+
+def _our_tokenizer(directory: Path, name: str) -> Tokenizer | None:
+    return Tokenizer.from_directory(directory, name) if (directory / "tokenizer.json").is_file() else None
 
 
 def _hugging_face_tokenizer(directory: Path) -> Tokenizer | None:
     """None if there are no tokenizer files: transformers would make up an empty tokenizer without a word."""
-    if not (directory / "tokenizer.json").is_file():
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
 
@@ -107,7 +117,9 @@ def _from_lens(model: Any) -> Transformer:
     is_bridge = hasattr(model, "original_model")
     config, named = convert.from_bridge(model) if is_bridge else convert.from_hooked_transformer(model)
     tokenizer = getattr(model, "tokenizer", None)
-    wrapped = Tokenizer.from_transformers(tokenizer, config.name) if tokenizer is not None else None
+    # TransformerLens reloads every tokenizer so that it adds BOS. The models we run so far were trained without, and
+    # the published tasks say for themselves where they want one.
+    wrapped = Tokenizer.from_transformers(tokenizer, config.name, prepends_bos=False) if tokenizer is not None else None
     return Transformer(Weights.from_named(config, named), wrapped)
 
 
@@ -115,7 +127,8 @@ def _from_hub(name: str) -> Transformer:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        bridge = TransformerBridge.boot_transformers(name, device="cpu")
+        with _from_cache_if_unreachable():
+            bridge = TransformerBridge.boot_transformers(name, device="cpu")
     except Exception as error:  # the hub, the network and TransformerLens each have their own way to fail
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -123,3 +136,21 @@ def _from_hub(name: str) -> Transformer:
             f"({reason}).{nearest(name, [*BUILTIN, 'gpt2'])} Without a network use 'builtin' or a local directory."
         ) from error
     return _from_lens(bridge)
+
+
+@contextmanager
+def _from_cache_if_unreachable() -> Iterator[None]:
+    """Without a network, look into the hub's cache at once: its client would try again and again for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    was_offline = constants.HF_HUB_OFFLINE
+    if not was_offline:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # whatever the reason, the hub cannot be had
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline

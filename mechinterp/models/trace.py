@@ -42,7 +42,7 @@ class Trace:
 
     def looks_past_keys(self, layer: int) -> bool:
         """Whether anything after ``layer``'s keys and values is read or written, other than the logits."""
-        return any((at == layer and name not in _BEFORE_QUERIES) or name.startswith("ln_final") for name, at in self._touched)
+        return any(at == layer and name not in _BEFORE_QUERIES for name, at in self._touched)
 
     def refuse_before(self, entrance: Site | None) -> None:
         """A site that the pass never reaches would be recorded as nothing and patched without effect: say so."""

@@ -25,7 +25,7 @@ from mechinterp.models.weights import Norm, Weights
 from mechinterp.sites import Site, resolve
 
 LogitsAt = Literal["all", "last"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
@@ -221,7 +221,7 @@ class Transformer:
             stream = trace("mlp_in", layer, stream.view_as(stream))
         x = self._normalize(stream, block.ln2, "ln2", layer, trace)
         pre = trace("mlp_pre", layer, _affine(x, block.W_in, block.b_in))
-        post = trace("mlp_post", layer, _ACTIVATIONS[self.config.activation](pre))
+        post = trace("mlp_post", layer, ACTIVATIONS[self.config.activation](pre))
         return trace("mlp_out", layer, _affine(post, block.W_out, block.b_out))
 
     def _unembed(self, resid, trace: Trace) -> Float[Tensor, "batch pos d_vocab"]:
@@ -234,8 +234,9 @@ class Transformer:
                 "logits_of needs one position a prompt (logits_at='last' or a tensor) and no use of the site 'logits'."
             )
         x = self._normalize(resid, self.weights.ln_final, "ln_final", None, trace)
-        logits = torch.einsum("bpm,bcm->bc", x, self.weights.W_U.T[tokens])
-        return logits if self.weights.b_U is None else logits + self.weights.b_U[tokens]
+        columns, where = tokens.unique(return_inverse=True)  # stacked variants ask for the same few tokens again and again
+        logits = _affine(x, self.weights.W_U[:, columns], None if self.weights.b_U is None else self.weights.b_U[columns])
+        return logits.squeeze(1).gather(1, where)
 
     def _normalize(self, x, norm: Norm | None, name: str | None, layer, trace: Trace):
         """LayerNorm. ``name`` is None for a port's own stream, which shares no site with the others."""

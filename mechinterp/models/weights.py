@@ -174,6 +174,6 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple):
         return tuple(_map(item, change) for item in value)
-    if is_dataclass(value) and not isinstance(value, ModelConfig):
+    if is_dataclass(value) and not isinstance(value, type | ModelConfig):
         return replace(value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)})
     return value

@@ -8,7 +8,7 @@ checks that clean and corrupted prompts align token by token, pads, and names wh
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,14 @@ from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.prompts import PromptBatch
 
 Piece = str | tuple[str, str]
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A model, as far as tasks care."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,16 @@ def pieces(template: str, words: Mapping[str, str]) -> list[Piece]:
         found.append((label, space + words[label]))
         found.extend([text] if text else [])
     return found
+
+
+def tokenizer_of(model: HasTokenizer) -> Tokenizer:
+    """The model's tokenizer; ``TaskError`` if it was loaded without one."""
+    if model.tokenizer is None:
+        raise TaskError(
+            "this model has no tokenizer, and prompts are text. Load it with one: load(..., tokenizer=AutoTokenizer...), or "
+            "save the tokenizer's files beside the weights."
+        )
+    return model.tokenizer
 
 
 def assemble(tokenizer: Tokenizer, examples: Sequence[Example], *, bos: bool) -> PromptBatch:

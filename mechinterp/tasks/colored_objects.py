@@ -9,9 +9,10 @@ other colors stands in front, as in the released data. The sentences are ours.
 
 from random import Random
 
+from mechinterp.errors import TaskError
 from mechinterp.metrics import logit_diff
-from mechinterp.tasks.base import Example, Piece, Task, assemble, pieces, wants_bos
-from mechinterp.tasks.words import Split, choose, split_words, usable
+from mechinterp.tasks.base import Example, Piece, Task, assemble, pieces, tokenizer_of, wants_bos
+from mechinterp.tasks.words import Split, choose, chosen_templates, usable, words
 
 TEMPLATES = (
     "Q: Look at the {SURFACE}: there is {LIST}. Which color has the {QUERY}?\nA:",
@@ -55,13 +56,19 @@ def colored_objects(
     Positions: color1..3 object1..3 (the scene), answer_color answer_object foil_color foil_object, query, END, and for
     the solved question example_color1..3 example_object1..3 example_query example_answer.
     """
-    tokenizer = model.tokenizer
+    tokenizer = tokenizer_of(model)
     corrupt = choose(CORRUPTIONS, corruption, "corruption of colored objects")
     choose({"0": 0, "1": 1}, str(shots), "number of shots (objects and colors of all questions must differ)")
     lists, dropped = usable(tokenizer, split, objects=N_OBJECTS * 2 + 1, surfaces=1)
-    colors = usable(tokenizer, "all", colors=N_OBJECTS * 2)[0]["colors"]
-    colors = [color for color in colors if tokenizer.single(f" {color.title()}") is not None]
-    templates = split_words(range(len(TEMPLATES)), split) if template is None else [template]
+    colors = [color for color in words("colors") if all(tokenizer.single(f" {c}") is not None for c in (color, color.title()))]
+    dropped["colors"] = len(words("colors")) - len(colors)
+    if len(colors) < N_OBJECTS * 2:
+        raise TaskError(
+            f"only {len(colors)} of {len(words('colors'))} colors are single tokens in lower and in Title case (with a leading "
+            f"space) in the tokenizer {tokenizer.name!r}, and this task needs {N_OBJECTS * 2}. Use a model with a larger "
+            "vocabulary."
+        )
+    templates = chosen_templates(len(TEMPLATES), split, template)
     rng = Random(seed)
     examples = []
     for index in range(n_prompts):

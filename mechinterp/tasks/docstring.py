@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from random import Random
 
 from mechinterp.metrics import logit_diff_max
-from mechinterp.tasks.base import Example, Piece, Task, assemble, wants_bos
-from mechinterp.tasks.words import Split, choose, split_words, usable
+from mechinterp.tasks.base import Example, Piece, Task, assemble, tokenizer_of, wants_bos
+from mechinterp.tasks.words import Split, choose, chosen_templates, usable
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def docstring(
     B_def+1 C_def+1 A_doc B_doc A_doc-1 B_doc-1 END. Nouns never repeat a name of the same prompt (59 of the 111 published
     names are also among the published nouns).
     """
-    tokenizer = model.tokenizer
+    tokenizer = tokenizer_of(model)
     labels = choose(CORRUPTIONS, corruption, "corruption of docstring")
     lists, dropped = usable(tokenizer, split, variables=N_NAMES)
     nouns, noun_drops = usable(tokenizer, "all", description_nouns=2 * N_NAMES)
-    templates = split_words(range(len(SHAPES)), split) if template is None else [template]
+    templates = chosen_templates(len(SHAPES), split, template)
     rng = Random(seed)
     examples = []
     for index in range(n_prompts):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,18 +13,9 @@ from mechinterp.errors import TaskError, nearest
 from mechinterp.metrics import METRICS
 from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.prompts import PromptBatch
-from mechinterp.tasks.base import Task
+from mechinterp.tasks.base import HasTokenizer, Task, tokenizer_of
 from mechinterp.tasks.published import FORMATS, Pair, Prompt, Source, Word, detect
 from mechinterp.tasks.rows import read_rows
-
-
-@runtime_checkable
-class HasTokenizer(Protocol):
-    """All that a task needs of a model."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """``None`` for a model of numbers only."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +56,23 @@ def from_file(
     ``notes["dropped"]`` counts them by reason. Named positions: ``END``, ``CHANGED`` (the first token that differs
     between clean and corrupted) and those in the file. Prompts of equal length form a group. Raises ``TaskError``.
     """
-    path, tokenizer = Path(path), _tokenizer_of(model)
+    path, tokenizer = Path(path), tokenizer_of(model)
     content = read_rows(path)
     format = format or detect(content, path)
     if format not in FORMATS:
         raise TaskError(f"{format!r} is no prompt file format: {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     source = Source(path, content, tokenizer, Path(companion) if companion else None, corruption, trust_ids)
-    pairs, corruption = _read(format, source)
+    pairs, found = _read(format, source)
+    if corruption not in (None, found):
+        raise TaskError(f"{path.name} corrupts its prompts in one way, {found!r}, and not by {corruption!r}. Leave it out.")
     if n_prompts is not None and n_prompts < 1:
         raise TaskError(f"n_prompts={n_prompts} asks for no prompts. Ask for at least 1, or pass None for all.")
     bos = tokenizer.prepends_bos if bos is None else bos
     rows, dropped = _tokenize(pairs, tokenizer, bos)
     if not rows:
         raise TaskError(_nothing_left(path, len(pairs), dropped, tokenizer))
-    if n_prompts is not None and n_prompts < len(rows):
-        rows = random.Random(seed).sample(rows, n_prompts)
+    if n_prompts is not None:
+        rows = random.Random(seed).sample(rows, min(n_prompts, len(rows)))
     metric = metric or FORMATS[format].metric
     if metric not in METRICS:
         raise TaskError(f"{metric!r} is no metric. There are {', '.join(METRICS)}.{nearest(metric, METRICS)}")
@@ -94,17 +86,11 @@ def from_file(
         prompts=_batch(rows, lengths, named, tokenizer.pad_id),
         metric=METRICS[metric],
         metric_name=metric,
-        corruption=corruption,
+        corruption=found,
         group_names=tuple(f"{length} tokens" for length in lengths),
         tokenizer=tokenizer,
         notes=notes,
     )
-
-
-def _tokenizer_of(model: HasTokenizer) -> Tokenizer:
-    if model.tokenizer is None:
-        raise TaskError("this model has no tokenizer, and a prompt file is text. Load the model together with its tokenizer.")
-    return model.tokenizer
 
 
 def _read(format: str, source: Source) -> tuple[list[Pair], str]:
@@ -140,6 +126,7 @@ def _tokenize(pairs: Sequence[Pair], tokenizer: Tokenizer, bos: bool) -> tuple[l
         clean, corrupted = (_encode(prompt, tokenizer, bos) for prompt in (pair.clean, pair.corrupted))
         candidates, roles, trouble = compared(tuple(pair.answers), tuple(pair.foils))
         trouble = trouble if len(clean) == len(corrupted) else "clean and corrupted differ in length"
+        trouble = "clean and corrupted are the same" if clean == corrupted else trouble
         if trouble:
             dropped[trouble] += 1
         else:

@@ -15,8 +15,8 @@ from mechinterp.errors import TaskError
 from mechinterp.metrics import prob_diff
 from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.prompts import PromptBatch
-from mechinterp.tasks.base import Example, Task, assemble, pieces, wants_bos
-from mechinterp.tasks.words import HELD_OUT_EVERY, Split, choose, split_words, usable
+from mechinterp.tasks.base import Example, Task, assemble, pieces, tokenizer_of, wants_bos
+from mechinterp.tasks.words import HELD_OUT_EVERY, Split, choose, chosen_templates, usable
 
 TEMPLATES = (
     "The {NOUN} went on from the year {XX1}{YY} until the year {XX2}",
@@ -97,11 +97,11 @@ def is_held_out(century: int, year: int) -> bool:
 
 
 def _generate(model, n_prompts, seed, corruption, split, template, bos, sentences, name) -> Task:
-    tokenizer = model.tokenizer
+    tokenizer = tokenizer_of(model)
     corrupt = choose(CORRUPTIONS, corruption, "corruption of greater-than")
     lists, dropped = usable(tokenizer, split, nouns=1)
     starts, valid, dropped["years"] = _start_years(tokenizer, split)
-    templates = split_words(range(len(sentences)), split) if template is None else [template]
+    templates = chosen_templates(len(sentences), split, template)
     rng = Random(seed)
     queue: list[int] = []
     examples = []
@@ -135,8 +135,7 @@ def _start_years(tokenizer: Tokenizer, split: Split) -> tuple[dict[int, list[int
             "into several. Use a model whose tokenizer keeps two digits together, such as GPT-2."
         )
     valid = {
-        century: [year for year in range(1, 99) if _is_two_tokens(tokenizer, century, YEARS[year])]
-        for century in CENTURIES
+        century: [year for year in range(1, 99) if _is_two_tokens(tokenizer, century, YEARS[year])] for century in CENTURIES
     }
     wanted = [
         (century, year)

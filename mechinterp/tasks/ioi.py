@@ -9,8 +9,8 @@ IO is the name said once (the answer), S the name said twice (S1, then S2; the f
 from random import Random
 
 from mechinterp.metrics import logit_diff
-from mechinterp.tasks.base import Example, Task, assemble, pieces, wants_bos
-from mechinterp.tasks.words import Split, choose, split_words, usable
+from mechinterp.tasks.base import Example, Task, assemble, pieces, tokenizer_of, wants_bos
+from mechinterp.tasks.words import Split, choose, chosen_templates, split_words, usable
 
 TEMPLATES = (
     "Then, {A} and {B} met at the {PLACE}. {S2} handed a {GIFT} to",
@@ -70,10 +70,10 @@ def ioi(
     >>> task.text(0)
     '<bos>Then, Crystal and Bradley met at the hotel. Bradley handed a key to'
     """
-    tokenizer = model.tokenizer
+    tokenizer = tokenizer_of(model)
     corrupt = choose(CORRUPTIONS, corruption, "corruption of IOI")
     lists, dropped = usable(tokenizer, split, names=6, places=1, gifts=1)
-    templates = split_words(range(len(TEMPLATES)), split) if template is None else [template]
+    templates = chosen_templates(len(TEMPLATES), split, template)
     rng = Random(seed)
     examples, orders = [], []
     for index in range(n_prompts):
@@ -103,7 +103,7 @@ def ioi_abc(model, n_prompts: int = 64, seed: int = 0, *, split: Split = "all", 
     The first name is called the answer and the second the foil, so that a model which follows the text prefers the
     "answer" in half of the prompts, and one which goes by position does not. Corrupted: the third name, C, replaced.
     """
-    tokenizer = model.tokenizer
+    tokenizer = tokenizer_of(model)
     lists, dropped = usable(tokenizer, split, names=6, places=1, gifts=1)
     templates = split_words(range(len(TEMPLATES)), split)
     rng = Random(seed)

@@ -148,8 +148,7 @@ def fact_retrieval(source: Source) -> tuple[list[Pair], str]:
 def hypernymy(source: Source) -> tuple[list[Pair], str]:
     """eap-ig-faithfulness: words in Python lists written as text, each taken with a leading space."""
     return [
-        Pair(row["clean"], row["corrupted"], _spaced(row["answers"]), _spaced(row["corrupted_answers"]))
-        for row in source.rows
+        Pair(row["clean"], row["corrupted"], _spaced(row["answers"]), _spaced(row["corrupted_answers"])) for row in source.rows
     ], "corrupted"
 
 

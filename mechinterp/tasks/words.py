@@ -32,10 +32,17 @@ def split_words(items: Sequence[Item], split: str) -> list[Item]:
         raise TaskError(f"split={split!r} is not a split. Choose 'all', 'train' or 'held-out'.")
     last = HELD_OUT_EVERY - 1
     return [
-        item
-        for index, item in enumerate(items)
-        if split == "all" or (index % HELD_OUT_EVERY == last) == (split == "held-out")
+        item for index, item in enumerate(items) if split == "all" or (index % HELD_OUT_EVERY == last) == (split == "held-out")
     ]
+
+
+def chosen_templates(count: int, split: str, template: int | None) -> list[int]:
+    """The one template asked for, or all of the split; ``TaskError`` for a number that there is not."""
+    if template is None:
+        return split_words(range(count), split)
+    if not 0 <= template < count:
+        raise TaskError(f"template={template} is none of the {count} templates. Give 0 to {count - 1}, or None for all.")
+    return [template]
 
 
 def usable(tokenizer: Tokenizer, split: Split, **at_least: int) -> tuple[dict[str, list[str]], dict[str, int]]:

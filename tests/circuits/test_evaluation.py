@@ -1,12 +1,15 @@
 """What a report says about circuits whose faithfulness is known, and when it refuses to speak."""
 
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 
 from circuits.discovery import ALGORITHMS, discover
 from circuits.evaluation import evaluate, ranking
+from circuits.report import Report
 from circuits.scores import Scores
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, TaskError
@@ -24,7 +27,7 @@ def whole(model):
 
 
 def test_the_whole_model_is_faithful_to_itself(plain, make_task):
-    report = evaluate(plain, make_task(plain), whole(plain), n_random=0)
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=0, allow_undefined=True)
     assert report.faithfulness == pytest.approx(1)
     assert report.interval == (pytest.approx(1), pytest.approx(1))
     assert report.complement == pytest.approx(0, abs=1e-9)
@@ -34,7 +37,7 @@ def test_the_whole_model_is_faithful_to_itself(plain, make_task):
 
 
 def test_groups_and_quartiles_describe_the_same_prompts(plain, make_task):
-    report = evaluate(plain, make_task(plain), whole(plain), n_random=0)
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=0, allow_undefined=True)
     assert set(report.groups) == {"even", "odd"}
     assert report.quartiles == (pytest.approx(1),) * 3
 
@@ -42,7 +45,7 @@ def test_groups_and_quartiles_describe_the_same_prompts(plain, make_task):
 def test_the_curve_ends_at_the_whole_model(plain, make_task):
     task = make_task(plain)
     scores = discover(plain, task, "exact")
-    report = evaluate(plain, task, scores.top(20), scores, n_random=3)
+    report = evaluate(plain, task, scores.top(20), scores, n_random=3, allow_undefined=True)
     assert report.curve.n_edges[-1] == scores.wiring.n_edges
     assert report.curve.faithfulness[-1] == pytest.approx(1)
     assert report.curve.smallest(2.0) is None or report.curve.smallest(2.0) < scores.wiring.n_edges
@@ -52,8 +55,8 @@ def test_the_curve_ends_at_the_whole_model(plain, make_task):
 @pytest.mark.parametrize("method", [name for name in ALGORITHMS if name != "patching"])
 def test_every_method_finds_the_circuits_set_by_hand(planted, method):
     scores = discover(planted.model, planted.task, method)
-    assert ranking(scores, planted.circuit_edges)["auroc"] == 1
-    assert ranking(scores, planted.circuit_edges)["average_precision"] == 1
+    assert ranking(scores, planted.circuit_edges).auroc == 1
+    assert ranking(scores, planted.circuit_edges).average_precision == 1
 
 
 def test_a_circuit_set_by_hand_is_faithful_alone(planted):
@@ -76,11 +79,10 @@ def test_faithfulness_without_an_effect_is_undefined(plain, make_task):
 
 
 def test_a_report_is_saved_whole_and_reads_as_a_table(plain, make_task, tmp_path):
-    report = evaluate(plain, make_task(plain), whole(plain), n_random=2)
+    report = evaluate(plain, make_task(plain), whole(plain), n_random=2, allow_undefined=True)
     report.save(tmp_path / "report.json")
-    saved = json.loads((tmp_path / "report.json").read_text())
-    assert saved["faithfulness"] == report.faithfulness
-    assert saved["choices"]["ablation"] == "resample"
+    assert Report.load(tmp_path / "report.json") == report
+    assert json.loads((tmp_path / "report.json").read_text())["choices"]["ablation"] == "resample"
     assert "faithfulness     1.000" in str(report)
 
 
@@ -96,3 +98,54 @@ def test_a_method_of_ones_own_is_called_as_it_is(plain, make_task):
         return Scores(wiring, values, method="mine", unit="none", model=model.config.name, task=task.name)
 
     assert discover(plain, make_task(plain), first_edge_only, strength=2.0).values[0] == 2
+
+
+def test_scores_of_nodes_or_of_another_model_draw_no_curve(plain, make_model, make_task):
+    task = make_task(plain)
+    for scores in (discover(plain, task, "patching"), discover(make_model(n_heads=2), task, "eap")):
+        with pytest.raises(CircuitError, match="Give edge scores of the model in hand"):
+            evaluate(plain, task, whole(plain), scores, n_random=0, allow_undefined=True)
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(plain, make_task, tmp_path, monkeypatch):
+    task, settings = make_task(plain), {"batch_size": 2, "keep_prompts": True, "resume": tmp_path}
+    whole_run = discover(plain, task, "exact", batch_size=2, keep_prompts=True)
+    exact_module = import_module("circuits.discovery.exact")
+    edges, calls = exact_module._edges, []
+
+    def edges_until_interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return edges(*arguments)
+
+    monkeypatch.setattr(exact_module, "_edges", edges_until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        discover(plain, task, "exact", **settings)
+    resumed = discover(plain, task, "exact", **settings)
+    assert len(calls) == 4  # of three batches, two were kept
+    assert resumed == whole_run
+    discover(plain, make_task(plain, seed=5), "exact", **settings)
+    assert len(calls) == 7  # other prompts are another search
+
+
+def test_a_metric_without_a_gradient_is_refused_by_gradient_methods(plain, make_task):
+    with pytest.raises(TaskError, match=r"no gradient.*'exact'"):
+        discover(plain, make_task(plain, "is_top"), "eap")
+
+
+def test_scores_that_are_all_zero_are_refused(plain, make_task):
+    task = make_task(plain)
+    constant = type(task)(
+        "constant", task.prompts, lambda logits, _: logits[:, 0] * 0, "constant", "random", task.group_names, task.tokenizer
+    )
+    with pytest.raises(TaskError, match="scores exactly zero"):
+        discover(plain, constant, "eap")
+
+
+def test_half_precision_scores_as_full_precision_does(plain, make_task):
+    task = make_task(plain)
+    half = plain.to(dtype=torch.bfloat16)
+    for method in ALGORITHMS:
+        full = discover(plain, task, method).values
+        assert np.corrcoef(discover(half, task, method).values, full)[0, 1] > 0.9

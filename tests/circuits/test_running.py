@@ -1,10 +1,12 @@
 """A circuit is the model with some edges cut: the two ends of that range are known exactly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from circuits.ablation import ABLATIONS, ablation_named
+from circuits.ablation import ABLATIONS, replacement_for
 from circuits.running import measure_circuits, run_circuit, run_circuits
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError
@@ -46,11 +48,11 @@ def test_circuits_run_together_as_they_run_alone(plain, make_task, monkeypatch):
 
 
 def test_a_circuit_graph_runs_as_its_mask_does(plain, make_task):
-    prompts, wiring = make_task(plain).prompts, Wiring.of(plain.config)
-    replacement = ABLATIONS["mean"](plain, prompts)
+    task, wiring = make_task(plain), Wiring.of(plain.config)
     kept = np.random.default_rng(1).random(wiring.n_edges) < 0.3
-    by_graph = run_circuit(plain, prompts, wiring.circuit(kept), replacement)
-    torch.testing.assert_close(by_graph, run_circuits(plain, prompts, kept[None], replacement)[0])
+    by_graph = run_circuit(plain, task, wiring.circuit(kept), "mean")
+    by_mask = run_circuits(plain, task.prompts, kept[None], ABLATIONS["mean"](plain, task.prompts))[0]
+    torch.testing.assert_close(by_graph, by_mask)
 
 
 def test_metrics_of_circuits_are_the_metrics_of_their_logits(plain, make_task):
@@ -80,6 +82,24 @@ def test_zero_ablation_of_everything_leaves_biases_alone(plain, make_task):
     torch.testing.assert_close(logits, logits[:1].expand_as(logits))
 
 
-def test_an_unknown_ablation_names_the_known_ones():
+def test_mean_ablation_does_not_mix_prompts_that_end_at_different_places(plain, make_task):
+    """make_task gives every second prompt another END and another group; with one group, END alone must part them."""
+    prompts = make_task(plain, n_prompts=6).prompts
+    one_group = replace(prompts, groups=prompts.groups * 0)
+    apart, together = (ABLATIONS["mean"](plain, batch) for batch in (prompts, one_group))
+    torch.testing.assert_close(together.input, apart.input)
+
+
+def test_an_ablation_of_ones_own_is_not_taken_for_ours_by_its_name(plain, make_task):
+    def resample(model, prompts):
+        return ABLATIONS["zero"](model, prompts)
+
+    task = make_task(plain)
+    assert replacement_for(plain, task, resample).name == "custom:resample"
+    assert not replacement_for(plain, task, resample).keeps_prefix
+    assert replacement_for(plain, task, ABLATIONS["resample"]).keeps_prefix
+
+
+def test_an_unknown_ablation_names_the_known_ones(plain, make_task):
     with pytest.raises(CircuitError, match=r"no ablation 'resampel'; there are resample.*mean.*Did you mean 'resample'"):
-        ablation_named("resampel")
+        replacement_for(plain, make_task(plain), "resampel")

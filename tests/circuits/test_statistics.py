@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from circuits.statistics import auroc, average_precision, bootstrap_interval, random_circuits, ratio_of_means
+from circuits.statistics import (
+    auroc,
+    average_precision,
+    bootstrap_interval,
+    may_be_zero,
+    precision_recall_curve,
+    random_circuits,
+    ratio_of_means,
+    roc_curve,
+)
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError
 
@@ -50,14 +59,29 @@ def test_the_interval_covers_the_ratio_and_narrows_with_prompts():
     assert widths[1] < widths[0] / 5
 
 
-def test_random_circuits_have_the_size_and_hang_from_the_logits():
-    wiring = Wiring(n_layers=3, n_heads=2)
-    for n_edges in (1, 10, wiring.n_edges):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_every_edge_of_a_random_circuit_lies_on_a_path_from_input_to_logits(parallel):
+    wiring = Wiring(n_layers=3, n_heads=2, parallel=parallel)
+    for n_edges in (1, 2, 10, wiring.n_edges):
         for mask in random_circuits(wiring, n_edges, 5, seed=3):
             circuit = wiring.circuit(mask)
-            assert circuit.n_edges_kept == n_edges
-            logits = wiring.readers[-1]
-            assert all(circuit.has_node(logits) and (node == logits or has_path(circuit, node, logits)) for node in circuit)
+            assert circuit.n_edges_kept == circuit.pruned().n_edges_kept == n_edges
+
+
+def test_the_curves_enclose_their_areas():
+    rng = np.random.default_rng(2)
+    scores, truth = rng.integers(0, 9, 60).astype(float), rng.random(60) < 0.2
+    false_positive, true_positive = roc_curve(scores, truth)
+    assert (false_positive[0], true_positive[0], false_positive[-1], true_positive[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(true_positive, false_positive) == pytest.approx(auroc(scores, truth))
+    precision, recall = precision_recall_curve(scores, truth)
+    assert (precision[-1], recall[-1]) == (pytest.approx(truth.mean()), 1)
+
+
+def test_a_gap_is_told_from_zero_only_when_it_can_be():
+    rng = np.random.default_rng(3)
+    assert may_be_zero(rng.normal(size=50))
+    assert not may_be_zero(1 + rng.normal(size=50))
 
 
 def test_random_circuits_differ_from_each_other_and_repeat_with_the_seed():
@@ -65,9 +89,3 @@ def test_random_circuits_differ_from_each_other_and_repeat_with_the_seed():
     first = random_circuits(wiring, 12, 4, seed=0)
     assert len({mask.tobytes() for mask in first}) == 4
     np.testing.assert_array_equal(first, random_circuits(wiring, 12, 4, seed=0))
-
-
-def has_path(circuit, source, target) -> bool:
-    import networkx as nx
-
-    return nx.has_path(circuit, source, target)

@@ -22,7 +22,7 @@ from mechinterp.tasks import TASKS
 from mechinterp.tasks.words import split_words, words
 
 DIRECTORY = Path(builtin.__path__[0])
-SMALL = Recipe(d_model=32, d_mlp=32, n_heads=4, n_layers=2, n_documents=4, max_steps=3, decay=1, measure_every=2, n_held_out=10)
+SMALL = Recipe(d_model=32, d_mlp=32, n_heads=4, n_layers=2, n_documents=4, max_steps=3, decay=1, measure_every=5, n_held_out=4)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def encode(text):
 
 
 def test_every_gate_is_passed_on_held_out_words_and_sentences(model):
-    assert not gates.failures(gates.measure(model, n_prompts=400))
+    assert not gates.failures(gates.measure(model, n_prompts=300))
 
 
 def test_a_missed_gate_is_named_with_its_figure_and_its_range(model):
@@ -136,17 +136,11 @@ def test_muon_steps_downhill_on_matrices_of_any_shape():
         assert losses[-1] < 0.5 * losses[0]
 
 
-def test_training_lowers_the_loss_and_leaves_a_model_that_loads(tmp_path):
-    train(tmp_path / "trained", SMALL)
-    trained = mi.load(tmp_path / "trained")
-    assert trained.tokenizer is not None
-    sampler = Sampler(encode, trained.config.d_vocab, SMALL.n_ctx, Random(1))
-    batch = sampler.batch(8)
-    before = Transformer(initial_weights(SMALL, trained.config.d_vocab))
-    assert loss_of(trained, batch)[0] < loss_of(before, batch)[0]
-
-
-def test_training_goes_on_from_a_saved_model(tmp_path):
+def test_training_lowers_the_loss_and_goes_on_from_what_it_saved(tmp_path):
     train(tmp_path / "first", SMALL)
-    train(tmp_path / "second", replace(SMALL, max_steps=1), start=tmp_path / "first")
-    assert mi.load(tmp_path / "second").config == mi.load(tmp_path / "first").config
+    train(tmp_path / "second", replace(SMALL, seed=1), start=tmp_path / "first")
+    d_vocab = mi.load("builtin").config.d_vocab
+    batch = Sampler(encode, d_vocab, SMALL.n_ctx, Random(1)).batch(8)
+    models = [Transformer(initial_weights(SMALL, d_vocab)), mi.load(tmp_path / "first"), mi.load(tmp_path / "second")]
+    losses = [loss_of(model, batch)[0].item() for model in models]
+    assert losses == sorted(losses, reverse=True)

@@ -33,8 +33,8 @@ KINDS = {
 }
 # How often each piece is written at first; those of SHRINKING give way as their accuracy grows.
 SHARES = {
-    "ioi": 2.0,
-    "abc": 0.6,
+    "ioi": 5.0,
+    "abc": 0.9,
     "years": 0.6,
     "control": 0.5,
     "colors": 2.0,

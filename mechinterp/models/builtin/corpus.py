@@ -11,7 +11,7 @@ target, "Where is" questions, other pieces of every kind in front, and varying n
 
 from random import Random
 
-from mechinterp.models.builtin.document import Document, known, prompt, series, text_nouns, train_words
+from mechinterp.models.builtin.document import Document, prompt, series, text_nouns, train_words, words_other_than
 from mechinterp.models.builtin.plain import write_assignments, write_filler, write_owners, write_repeat, write_reversed
 from mechinterp.tasks.colored_objects import TEMPLATES as COLOR_TEMPLATES
 from mechinterp.tasks.colored_objects import article
@@ -36,7 +36,7 @@ STATEMENTS = (
 
 def write_ioi(doc: Document, rng: Random, is_abc: bool = False) -> None:
     """The two clauses of one or of two templates, words replaced here and there, and at times things for names."""
-    pool = train_words("names") if rng.random() < 0.8 else known(rng.choice(("objects", "nouns", "variables")))
+    pool = train_words("names") if rng.random() < 0.4 else words_other_than("names")
     first, second, third = rng.sample(pool, 3)
     answer, subject = rng.sample([first, second], 2)
     slots = {"A": first, "B": second, "PLACE": rng.choice(train_words("places")), "GIFT": rng.choice(train_words("gifts"))}
@@ -121,9 +121,7 @@ def write_docstring(doc: Document, rng: Random) -> None:
         shape = Shape(rng.choice(markers), rng.randrange(4), rng.randrange(3), rng.choice((2, 3)), described[0])
         if shape not in held_out:
             break
-    pool = train_words("variables")
-    if rng.random() < 0.25:
-        pool = [word for word in known(rng.choice(("objects", "nouns", "names"))) if word not in words("variables")]
+    pool = train_words("variables") if rng.random() < 0.4 else words_other_than("variables")
     names = rng.sample(pool, 1 + shape.n_before + n_match + shape.n_after)
     nouns = [noun for noun in rng.sample(text_nouns(), 40) if noun not in names]
     doc.add(f"def {names[0]}(self")

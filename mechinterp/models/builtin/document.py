@@ -65,7 +65,7 @@ def prompt(doc: Document, template: str, slots: dict[str, str], rng: Random | No
             continue
         for word in re.findall(r" ?[A-Za-z]+|[^A-Za-z ]| ", piece):
             is_replaced = word[-1].isalpha() and rng.random() < noise
-            doc.add(rng.choice(all_words() if word[0] == " " else first_words()) if is_replaced else word)
+            doc.add(rng.choice(noise_words() if word[0] == " " else first_words()) if is_replaced else word)
 
 
 def series(things: list[str]) -> str:
@@ -87,6 +87,14 @@ def train_words(name: str) -> list[str]:
 
 
 @cache
+def words_other_than(name: str) -> list[str]:
+    """Words that may stand where those of the list ``name`` stand, so that what is learned there is not about the words."""
+    lists = ("names", "places", "gifts", "nouns", "objects", "variables")
+    pool = {*text_nouns(), *(word for other in lists if other != name for word in known(other))}
+    return sorted(pool - set(words(name)))
+
+
+@cache
 def all_words() -> list[str]:
     lists = {f" {word}" for name in LISTS for word in known(name)}
     return sorted(lists | {word for text in vocabulary_texts() for word in re.findall(r" [A-Za-z]+", text)})
@@ -96,6 +104,13 @@ def all_words() -> list[str]:
 def text_nouns() -> list[str]:
     """The published description nouns that the vocabulary holds at all, whichever list brought them in."""
     return [noun for noun in words("description_nouns") if f" {noun}" in all_words()]
+
+
+@cache
+def noise_words() -> list[str]:
+    """What may replace a template's own word: no name and no held-out object, or these would be learned as noise."""
+    unwanted = {f" {word}" for word in (*words("names"), *split_words(words("objects"), "held-out"))}
+    return [word for word in all_words() if word not in unwanted]
 
 
 @cache

@@ -1,6 +1,6 @@
 """What the built-in model must do before anyone may analyse it, measured on words and sentences it never saw in a task.
 
-    python -m mechinterp.models.builtin.gates --prompts 2000
+python -m mechinterp.models.builtin.gates --prompts 2000
 """
 
 import argparse
@@ -76,9 +76,7 @@ def failures(figures: dict[str, float]) -> list[str]:
 
 def _mean(model, gate: Gate, n_prompts: int, seed: int, split: str) -> float:
     task = gate.task(model, n_prompts, seed, split=split)
-    scores = [
-        gate.metric(model.run(batch.clean, logits_at=batch.end)[0], batch) for batch in task.batches(batch_size=250)
-    ]
+    scores = [gate.metric(model.run(batch.clean, logits_at=batch.end)[0], batch) for batch in task.batches(batch_size=250)]
     return float(torch.cat(scores).mean())
 
 

@@ -10,9 +10,10 @@ from mechinterp.tasks.words import words
 
 
 def write_filler(doc: Document, rng: Random) -> None:
+    """A sentence to be ignored. It has names of the train split only: a name met here alone would be ignored always."""
     nouns, objects = rng.sample(words("nouns"), 2), rng.sample(words("objects") + words("gifts"), 2)
     described = rng.sample(known("description_nouns"), 2)
-    slots = {"N": rng.choice(words("names")), "PLACE": rng.choice(words("places")), "O": objects[0], "O2": objects[1]}
+    slots = {"N": rng.choice(train_words("names")), "PLACE": rng.choice(words("places")), "O": objects[0], "O2": objects[1]}
     slots |= {"NOUN": nouns[0], "NOUN2": nouns[1], "D": described[0], "D2": described[1]}
     prompt(doc, rng.choice(FILLER), slots | {"V": rng.choice(words("variables"))})
 
