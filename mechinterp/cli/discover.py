@@ -56,6 +56,7 @@ def discover(
             circuit = scores.top(edges)
             say.circuit_found(circuit, scores.unit, attention_roles(transformer, fresh, circuit.heads, n=2))
             report = evaluate(transformer, fresh, circuit, scores, ablation=ablation, seed=seed, progress=shows_progress)
+            circuit.graph.update(report.facts)
             say.how_faithful(report, fresh is not made)
         _save(scratch, out.name if is_file else None, circuit, scores, report)
         written = sorted(file.name for file in scratch.iterdir())

@@ -1,6 +1,7 @@
 """Getting a model: the built-in ones, a name, a directory, or an object from TransformerLens."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def save(model: Transformer, directory: Path | str) -> None:
         beside.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in model.weights.named().items()}, beside / "model.safetensors")
         (beside / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
         if model.tokenizer is not None:
             model.tokenizer.save(beside)
         beside.rename(directory)

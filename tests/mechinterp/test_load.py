@@ -5,6 +5,7 @@ import json
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import save_file
 
 from mechinterp.errors import ModelError
 from mechinterp.models.config import ModelConfig
@@ -149,3 +150,26 @@ def test_a_config_of_other_facts_is_refused(plain, change, message):
     facts = json.loads(plain.config.to_json()) | change
     with pytest.raises(ModelError, match=message):
         ModelConfig.from_json(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"model_type": "gpt2", ', "does not describe"), ('{"model_type": "gpt2"}', "lacks 'n_embd'")]
+)
+def test_a_broken_config_is_named_with_what_it_lacks(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    save_file({"wte.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
+def test_transformer_lens_adding_bos_does_not_make_every_task_begin_with_it(plain, make_hooked):
+    """TransformerLens reloads tokenizers so that they add BOS; how a model came to us must not change the prompts."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a"))
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    hooked = make_hooked(plain)
+    hooked.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")
+    assert Tokenizer.from_transformers(hooked.tokenizer, "toy").prepends_bos
+    assert not load(hooked).tokenizer.prepends_bos

@@ -106,3 +106,14 @@ def test_gpt2_keeps_only_years_of_two_tokens():
     starts = {tokenizer.decode(row[year - 1 : year + 1]) for row, year in rows}
     assert all(len(start) == 5 and start[0] == " " for start in starts)
     assert " 1509" not in starts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_without_a_tokenizer_is_refused_with_the_remedy(task):
+    with pytest.raises(TaskError, match=r"no tokenizer.*Load it with one"):
+        TASKS[task](SimpleNamespace(tokenizer=None), n_prompts=1)
+
+
+def test_a_template_that_there_is_not_is_refused():
+    with pytest.raises(TaskError, match=r"template=99 is none of the 19 templates"):
+        TASKS["ioi"](SimpleNamespace(tokenizer=BUILTIN), n_prompts=1, template=99)

@@ -112,6 +112,11 @@ def test_the_corruption_can_be_chosen_among_those_in_the_file(model, example):
         from_file(model, path, corruption="harder")
 
 
+def test_a_corruption_that_the_file_does_not_have_is_refused(model, example):
+    with pytest.raises(TaskError, match=r"one way, 'from file', and not by 'typo'"):
+        from_file(model, example("own"), corruption="typo")
+
+
 def test_token_ids_of_another_tokenizer_are_refused(model, tmp_path):
     wrong = {name: model.tokenizer.single(word) + 1 for name, word in (("correct_idx", " Mary"), ("incorrect_idx", " John"))}
     path = write_csv(tmp_path / "ioi.csv", [IOI | wrong])
@@ -126,12 +131,19 @@ def test_ids_without_words_to_check_need_the_users_word(model, example):
 
 
 def test_unequal_pairs_and_words_of_several_tokens_are_dropped_and_counted(model, tmp_path):
-    rows = [OWN, OWN | {"corrupted": OWN["corrupted"] + " to"}, OWN | {"answers": " Mary Mary"}, OWN | {"foils": [" Mary"]}]
+    rows = [
+        OWN,
+        OWN | {"corrupted": OWN["corrupted"] + " to"},
+        OWN | {"corrupted": OWN["clean"]},
+        OWN | {"answers": " Mary Mary"},
+        OWN | {"foils": [" Mary"]},
+    ]
     task = from_file(model, write_lines(tmp_path / "mine.jsonl", rows))
     assert len(task) == 1
-    assert task.notes["rows"] == 4
+    assert task.notes["rows"] == 5
     assert task.notes["dropped"] == {
         "clean and corrupted differ in length": 1,
+        "clean and corrupted are the same": 1,
         "no answer or no foil is a single token": 1,
         "a token is both answer and foil": 1,
         "words of several tokens": 1,
@@ -146,7 +158,7 @@ def test_a_file_of_which_nothing_survives_says_why(model, tmp_path):
 
 def test_prompts_are_drawn_by_seed_and_at_most_as_many_as_there_are(model, tmp_path):
     names = [" Mary", " John", " Anna", " Paul"]
-    rows = [OWN | {"clean": f"Then{a} and{b} met", "corrupted": f"Then{b} and{a} met"} for a in names for b in names]
+    rows = [OWN | {"clean": f"Then{a} and{b} met", "corrupted": f"Then{b} and{a} met"} for a in names for b in names if a != b]
     path = write_lines(tmp_path / "mine.jsonl", rows)
     drawn = [from_file(model, path, n_prompts=5, seed=seed).prompts.clean for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1])

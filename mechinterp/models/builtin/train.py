@@ -68,7 +68,8 @@ def train(out: Path, recipe: Recipe, start: Path | None = None) -> dict[str, flo
     encode = cache(lambda text: tokenizer.encode(text, bos=False))
     sampler = Sampler(encode, model.config.d_vocab, recipe.n_ctx, Random(recipe.seed))
     log = []
-    matrices = [(m, n) for b in weights.blocks for m, n in ((b.W_QKV, 3), (b.W_O, 1), (b.W_in, 1), (b.W_out, 1))]
+    stacked = [pair for b in weights.blocks for pair in ((b.W_QKV, 3), (b.W_O, 1), (b.W_in, 1), (b.W_out, 1))]
+    matrices = [(matrix, n) for matrix, n in stacked if matrix is not None]
     muon = Muon(matrices, weight_decay=recipe.weight_decay)
     rest = [p for p in weights.parameters() if all(p is not matrix for matrix, _ in matrices)]
     adam = torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)

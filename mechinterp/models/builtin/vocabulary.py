@@ -16,7 +16,7 @@ PATTERN = r' ?[0-9]{1,2}| ?[A-Za-z]+| ?"+| ?[^\sA-Za-z0-9]|\n| +(?= )| '
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A word-level tokenizer that knows exactly the tokens of ``texts``, in order of first appearance."""
     splitter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    vocabulary = dict.fromkeys(SPECIAL)
+    vocabulary: dict[str, None] = dict.fromkeys(SPECIAL)
     for text in texts:
         vocabulary.update(dict.fromkeys(token for token, _ in splitter.pre_tokenize_str(text)))
     ids = {token: index for index, token in enumerate(vocabulary)}
