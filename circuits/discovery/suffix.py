@@ -20,7 +20,7 @@ from mechinterp.models.transformer import ResidualStart, Transformer
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 
-TOKENS_AT_ONCE = 1024  # of one stacked pass: what an MLP holds of them still fits a CPU's cache, and more gains nothing
+TOKENS_AT_ONCE = 512  # of one stacked pass: what an MLP holds of them still fits a CPU's cache, and more gains nothing
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,10 @@ class Walk:
         return replacement_for(self.model, self.task, self.ablation)
 
     def _batches(self, writes: Writes):
-        """As many prompts at a time as the memory for all writers' differences allows."""
+        """As many prompts at a time as memory allows: edges need every writer's difference at once, nodes a layer's."""
         size = self.batch_size
         if size is None:
-            n_writers = len(Wiring.of(self.model.config).writers)
+            n_writers = len(Wiring.of(self.model.config).writers) if self.items == "edge" else 2 * self.model.config.n_layers
             size = max(1, _MEMORY // (n_writers * writes.input[0].numel() * writes.input.element_size()))
         for first in range(0, len(self.task), size):
             rows = slice(first, first + size)
