@@ -9,6 +9,8 @@ from circuits.curves import Curve as Curve
 from circuits.curves import faithfulness_curve as faithfulness_curve
 from circuits.discovery import ALGORITHMS as ALGORITHMS
 from circuits.discovery import discover as discover
+from circuits.discovery.cdt_search import cdt_search as cdt_search
+from circuits.discovery.cdt_table import relevance_table as relevance_table
 from circuits.discovery.neurons import exact_neurons as exact_neurons
 from circuits.discovery.paths import path_links as path_links
 from circuits.discovery.paths import path_patching as path_patching

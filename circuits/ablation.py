@@ -32,7 +32,7 @@ def mean(model: Transformer, prompts: PromptBatch) -> Writes:
     Prompts of one template that end at different positions are averaged apart, since their positions mean different
     things. A template of one prompt has itself as its mean: use several prompts a template. One forward.
     """
-    layouts = torch.stack([prompts.groups, prompts.end], dim=1).unique(dim=0, return_inverse=True)[1]
+    layouts = _layouts(prompts)
     return resample(model, prompts).map(lambda x: _group_mean(x, layouts.to(x.device)))
 
 
@@ -72,6 +72,23 @@ def replacement_for(model: Transformer, task: Task, ablation: str | Ablation) ->
     with torch.no_grad():
         writes = ablate(model, task.prompts.to(model.device))
     return Replacement(known or f"custom:{getattr(ablate, '__name__', 'ablation')}", writes, ablate is resample)
+
+
+def refuse_lonely_means(task: Task, ablation: str | Ablation) -> None:
+    """``TaskError`` where a mean would be taken over a single prompt: it is that prompt's own value, and no mean."""
+    if ablation not in ("mean", mean):
+        return
+    members = _layouts(task.prompts).bincount()
+    if alone := int((members == 1).sum()):
+        raise TaskError(
+            f"{alone} of {len(members)} templates of {task.name!r} have a single prompt (of their length), and a mean over one "
+            f"prompt is that prompt. {len(task)} prompts are too few: take several a template, or ablation='resample'."
+        )
+
+
+def _layouts(prompts: PromptBatch) -> Int[Tensor, "batch"]:
+    """Which prompts have the same template and the same length: only there does a position mean the same."""
+    return torch.stack([prompts.groups, prompts.end], dim=1).unique(dim=0, return_inverse=True)[1]
 
 
 def _refuse_visible_padding(model: Transformer, task: Task) -> None:

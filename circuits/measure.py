@@ -41,10 +41,24 @@ def measure(
     rows = prompts.to(model.device)
     rows = rows if variants == 1 else rows[torch.arange(len(prompts), device=model.device).repeat(variants)]
     at = rows.end if logits_at is None else logits_at
-    only = rows.candidates if metric in READS_CANDIDATES_ONLY else None
+    only = columns_read(metric, rows)
     logits, cache = model.run(tokens, start=start, record=record, patch=patch, logits_at=at, logits_of=only)
     values = apply(metric, logits, rows if only is None else _renumbered(rows))
     return values.unflatten(0, (variants, len(prompts))), cache
+
+
+def columns_read(metric: Metric, prompts: PromptBatch) -> Int[Tensor, "batch candidate"] | None:
+    """The tokens whose logits a metric looks at; None for all."""
+    return prompts.candidates if metric in READS_CANDIDATES_ONLY else None
+
+
+def metric_of(
+    metric: Metric, logits: Float[Tensor, "variant batch token"], prompts: PromptBatch
+) -> Float[Tensor, "variant batch"]:
+    """The metric of logits that were made elsewhere, of the tokens that ``columns_read`` names."""
+    rows = prompts[torch.arange(len(prompts), device=logits.device).repeat(len(logits))]
+    values = apply(metric, logits.flatten(0, 1), rows if columns_read(metric, prompts) is None else _renumbered(rows))
+    return values.unflatten(0, (len(logits), len(prompts)))
 
 
 def apply(metric: Metric, logits: Float[Tensor, "row token"], rows: PromptBatch) -> Float[Tensor, "row"]:

@@ -1,5 +1,9 @@
 from mechinterp import tasks as tasks
+from mechinterp.attribution import decompose as decompose
 from mechinterp.cache import ActivationCache as ActivationCache
+from mechinterp.decomposition.contributions import contributions as contributions
+from mechinterp.decomposition.rule_sets import RULE_SETS as RULE_SETS
+from mechinterp.decomposition.rule_sets import Rules as Rules
 from mechinterp.errors import MechinterpError as MechinterpError
 from mechinterp.metrics import METRICS as METRICS
 from mechinterp.models.config import ModelConfig as ModelConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 from circuits.discovery.acdc import acdc
 from circuits.discovery.attribution import atp_star, attribution
+from circuits.discovery.cdt import cdt, cdt_edges
 from circuits.discovery.eap import clean_corrupted, eap, eap_ig
 from circuits.discovery.exact import exact
 from circuits.discovery.flow import information_flow
@@ -40,9 +41,12 @@ ALGORITHMS: dict[str, Discovery] = {
     "edge-pruning": edge_pruning,
     "ugs": ugs,
     "information-flow": information_flow,
+    "cdt-edges": cdt_edges,
     # heads and MLPs
     "patching": patching,
     "path-patching": path_patching,
+    "cdt": cdt,
+    "cdt-paper": partial(cdt, rules="paper"),
     "atp": attribution,
     "atp-qk": partial(attribution, qk_fix=True),
     "atp-star": atp_star,

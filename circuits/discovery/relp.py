@@ -29,13 +29,13 @@ from circuits.discovery.gradients import BackwardRules
 from circuits.discovery.walk import WalkSettings
 from circuits.scores import Scores
 from mechinterp.cache import ActivationCache
+from mechinterp.decomposition.rules import SLOPE_AT_ZERO
 from mechinterp.models.config import ModelConfig
 from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import ACTIVATIONS, Transformer
 from mechinterp.sites import Site, all_sites
 from mechinterp.tasks.base import Task
 
-SLOPE_AT_ZERO = {"gelu_new": 0.5, "gelu": 0.5, "relu": 0.0, "silu": 0.5}
 _SCALES = ("ln1_scale", "ln2_scale", "ln_final_scale")
 
 

@@ -44,8 +44,7 @@ class CleanRun:
         wanted += ["resid_mid"] if model.config.has_mlp and not model.config.parallel else []
         prompts = prompts.to(model.device)
         _, cache = model.run(prompts.clean, record=wanted, logits_at="last", logits_of=prompts.clean[:, :0])
-        shares_prefix = shares_prefix and model.config.causal  # or what comes later is seen, and changes it
-        first = min(prompts.shared_prefix, int(prompts.end.min())) if shares_prefix else 0
+        first = first_that_differs(model, prompts, shares_prefix=shares_prefix)
         last = Site("resid_post", model.config.n_layers - 1)
         start = ResidualStart(last, _at(cache[last], prompts.end))
         clean, _ = measure(model, prompts, metric, start=start, logits_at=torch.zeros_like(prompts.end))
@@ -89,6 +88,13 @@ class CleanRun:
             self.model, self.prompts, self.metric, start=start, logits_at=at.repeat(len(added)), variants=len(added)
         )
         return self.clean_metric - patched
+
+
+def first_that_differs(model: Transformer, prompts: PromptBatch, *, shares_prefix: bool) -> int:
+    """The position before which the ablation changes nothing, and at most END. ``shares_prefix``: as in ``CleanRun.record``."""
+    if not (shares_prefix and model.config.causal):  # or what comes later is seen, and changes it
+        return 0
+    return min(prompts.shared_prefix, int(prompts.end.min()))
 
 
 def _at(x: Float[Tensor, "batch pos d_model"], ends: Tensor) -> Float[Tensor, "batch 1 d_model"]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from mechinterp.cli.compare import compare
+from mechinterp.cli.decompose import decompose
 from mechinterp.cli.discover import discover
 from mechinterp.cli.lists import methods, models, tasks
 from mechinterp.errors import MechinterpError
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (discover, compare, tasks, models, methods):
+for command in (discover, compare, decompose, tasks, models, methods):
     app.command()(command)
 
 

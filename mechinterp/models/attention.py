@@ -55,19 +55,36 @@ def attend(
     """
     if not (trace.touches("attn_scores", layer) or trace.touches("pattern", layer)):
         is_triangle = causal and only is None and prefix is None
-        mask = _visible(q, k, only, prefix) if causal and not is_triangle else None
+        mask = _mask(q, k, only, prefix) if causal and not is_triangle else None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_triangle, scale=scale).transpose(1, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    scores = scores.masked_fill(~_visible(q, k, only, prefix), -torch.inf) if causal else scores
+    scores = scores.masked_fill(~_mask(q, k, only, prefix), -torch.inf) if causal else scores
     scores = trace("attn_scores", layer, scores)
     pattern = trace("pattern", layer, scores.softmax(-1))
     return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
 
 
-def _visible(q, k, only, prefix) -> Bool[Tensor, "#batch 1 query_pos key_pos"]:
-    """Which keys each query may see: those at or before its own position."""
-    keys = torch.arange(k.shape[1], device=k.device)
-    offset = prefix.length if prefix else 0
+def mix(
+    q: Float[Tensor, "*source batch query_pos head_index d_head"],
+    k: Float[Tensor, "*source batch key_pos head_index d_head"],
+    v: Float[Tensor, "*source batch key_pos head_index d_head"],
+    scale: float,
+    seen: Bool[Tensor, "#batch 1 query_pos key_pos"] | None,
+) -> Float[Tensor, "*source batch query_pos head_index d_head"]:
+    """``softmax(q k^T * scale) v`` by the fused kernel, under a mask (None: every key is seen), also for stacks of batches."""
+    stack = q.shape[:-3]
+    q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q, k, v))
+    if seen is not None and len(stack) == 2:
+        seen = seen.expand(stack[1], -1, -1, -1).repeat(stack[0], 1, 1, 1) if seen.shape[0] > 1 else seen
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2).unflatten(0, stack)
+
+
+def visible(queries: Int[Tensor, "#batch query_pos"], n_keys: int) -> Bool[Tensor, "#batch 1 query_pos key_pos"]:
+    """Which keys a causal model shows to queries at these positions: those at or before their own."""
+    return torch.arange(n_keys, device=queries.device) <= queries[:, None, :, None]
+
+
+def _mask(q, k, only, prefix) -> Bool[Tensor, "#batch 1 query_pos key_pos"]:
     queries = torch.arange(q.shape[1], device=q.device)[None] if only is None else only[:, None]
-    return keys <= (queries + offset)[:, None, :, None]
+    return visible(queries + (prefix.length if prefix else 0), k.shape[1])

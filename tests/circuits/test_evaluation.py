@@ -58,9 +58,13 @@ def test_the_curve_ends_at_the_whole_model(plain, make_task):
 
 
 SCORES_PARTS = {
-    *("patching", "path-patching", "atp", "atp-qk", "atp-star", "atp-ig", "subnetwork-probing", "neurons"),
+    *("patching", "path-patching", "cdt", "cdt-paper", "atp", "atp-qk", "atp-star", "atp-ig"),
+    *("subnetwork-probing", "neurons"),
 }
-MISSES_PLANTED = {"information-flow": "the distractors are louder than the circuit, and it looks at nothing else"}
+MISSES_PLANTED = {
+    "information-flow": "the distractors are louder than the circuit, and it looks at nothing else",
+    "cdt-edges": "a path that ends with an edge is not told from the edge",
+}
 TRAINED = {"edge-pruning", "ugs", "subnetwork-probing"}  # with tests of their own, of fewer steps
 
 

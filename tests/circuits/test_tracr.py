@@ -134,6 +134,7 @@ SOFTMAX = "attention is saturated: a key that is not selected scores 100 less, a
 STEP = "an MLP counts by steps of a hundredth's width and is flat in between: a few gradients all miss them"
 SMALL = "an edge whose loss is below the threshold is cut, and what lies behind it is dead, however much it does alone"
 BLIND = "tells how much is written, not what for"
+PATHS = "counts every path that ends with the edge, and weighs what arrives by a gradient"
 
 _AT_ONE_POINT = {
     **dict.fromkeys(("fraction zero", "balance zero", "reverse zero", "sort resample", "sort zero"), SOFTMAX),
@@ -153,6 +154,7 @@ MISSES: dict[str, dict[str, str]] = {
     "mask-ig": {case: why for case, why in _AT_FIVE_POINTS.items() if case != "length zero"} | {"histogram zero": STEP},
     "acdc": {"fraction resample": SMALL, "fraction zero": SMALL, "balance zero": SMALL},
     "information-flow": {f"{name} {ablation}": BLIND for name, ablation in CASES},
+    "cdt-edges": {f"{name} {ablation}": PATHS for name, ablation in CASES if (name, ablation) != ("reverse", "resample")},
 }
 # Methods with a learning rate train for minutes; their own tests say what they find.
 METHODS = [name for name, method in ALGORITHMS.items() if "lr" not in inspect.signature(method).parameters]

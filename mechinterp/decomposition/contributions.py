@@ -1,0 +1,104 @@
+"""What sources contribute to targets, all of it at once: ``propagate`` for those who want the tensors."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.decomposition.propagate import propagate
+from mechinterp.decomposition.rule_sets import Rules, rules_named
+from mechinterp.decomposition.sources import Named, Reference, mean_reference, parse_sources
+from mechinterp.decomposition.split import Split
+from mechinterp.decomposition.totals import Totals
+from mechinterp.errors import UnknownNode, UnknownSite
+from mechinterp.models.transformer import Transformer
+from mechinterp.nodes import Node
+from mechinterp.sites import LAYER_SITES, Site, resolve
+
+Target = Site | Node | str
+
+
+def contributions(
+    model: Transformer,
+    tokens: Int[Tensor, "batch pos"],
+    sources: Sequence[Named],
+    targets: Sequence[Target] = ("logits",),
+    *,
+    rules: str | Rules = "tail",
+    reference: Reference | Int[Tensor, "reference pos"] | None = None,
+    ends: Int[Tensor, "batch"] | None = None,
+    logits_of: Int[Tensor, "batch candidate"] | None = None,
+    memory: int | None = None,
+    progress: bool = False,
+) -> dict[str, Split]:
+    """Every target as relevant + irrelevant for every source, by the target's name.
+
+    ``sources``: parts such as ``"a9.h6"``, ``"a9.h6@14"``, ``"m4"``, ``"input@3"``, or lists of them that are relevant
+    together. ``targets``: sites (``"resid_post.5"``, or ``"z"`` for every layer), heads (``"a9.h6"``: its z), their ports
+    (``"a9.h6.q"``), MLPs (``"m4"``: what it writes) or ``"logits"``. A split's relevant part has the axes ``source batch
+    pos ...``; of the logits, with ``ends``, ``source batch token``, for all tokens or those of ``logits_of``.
+
+    ``reference``: what is irrelevant of a source's own activation. Tokens of other prompts of the same template: their mean,
+    position by position (Hsu et al.). A mapping from sites to values. None: nothing, so that all of it is relevant.
+
+    Positive means what it says in a sum: part of the logit is due to the source. By the default rules it is the fall of
+    the logit when the source is replaced by the reference while norm scales stay. Cost: one forward, and for each source
+    the layers and positions behind it, once. All results are kept: sources x batch x pos x width numbers a target; go over
+    ``propagate`` where that is too much. Raises ``UnknownNode``, ``UnknownSite``, ``ModelError``, ``TaskError``.
+
+    >>> from mechinterp.models.load import load
+    >>> model = load("builtin")
+    >>> tokens = torch.tensor([model.tokenizer.encode("Then, Mary and John met. John handed a ring to")])
+    >>> found = contributions(model, tokens, ["a0.h1", ["a1.h0", "m1@5"]], ["a3.h2.q", "logits"])
+    >>> found["a3.h2.q"].relevant.shape == (2, *tokens.shape, model.config.d_head)
+    True
+    """
+    chosen = rules_named(rules)
+    known = mean_reference(model, reference) if isinstance(reference, Tensor) else reference
+    named = parse_sources(model.config, sources, *tokens.shape, reference=known)
+    wanted = {name: part for target in targets for name, part in _parts(model, target).items()}
+    totals = Totals.of(model, tokens, ends=ends, logits_of=logits_of, patterns=chosen.attention == "held")
+    rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(named) for site, _ in wanted.values()}
+    settings = {"reference": known, "memory": memory, "progress": progress}
+    for some, begins, found in propagate(totals, named, list(rows), chosen, **settings):
+        for site, split in found.items():
+            at_one = site.layer is None and ends is not None
+            relevant = split.relevant if at_one else _from_the_start(split.relevant, begins)
+            for index, row in zip(some, relevant, strict=True):
+                rows[site][index] = row
+    splits = {site: Split.within(totals.target(site), torch.stack(of_sources)) for site, of_sources in rows.items()}
+    return {
+        name: splits[s] if head is None else splits[s].map(lambda x, h=head: x[..., h, :]) for name, (s, head) in wanted.items()
+    }
+
+
+def _parts(model: Transformer, target: Target) -> dict[str, tuple[Site, int | None]]:
+    """The sites that a target means, by name, and the head if it is one."""
+    if isinstance(target, str) and not _is_site(target):
+        target = Node.parse(target)
+    if not isinstance(target, Node):
+        return {str(site): (site, None) for site in resolve(model.config, [target])}
+    if target.pos is not None or target.kind not in ("head", "mlp", "logits"):
+        raise UnknownNode(
+            f"{str(target)!r} cannot be a target. Targets are heads, their ports, MLPs and logits, at all positions."
+        )
+    name = {"head": target.port or "z", "mlp": "mlp_out", "logits": "logits"}[target.kind]
+    (site,) = resolve(model.config, [Site(name, target.layer)])
+    if target.index is not None and target.index >= (n_heads := model.config.n_heads):
+        raise UnknownNode(f"{str(target)!r} is not in {model.config.name}, whose heads run 0..{n_heads - 1}.")
+    return {str(target): (site, target.index)}
+
+
+def _is_site(text: str) -> bool:
+    try:
+        Site.parse(text)
+    except UnknownSite:
+        return text in LAYER_SITES
+    return True
+
+
+def _from_the_start(x: Float[Tensor, "source batch pos *axes"], begins: int) -> Float[Tensor, "source batch all_pos *axes"]:
+    """With zeros at the positions before the source."""
+    return F.pad(x, (*[0, 0] * (x.dim() - 3), begins, 0))

@@ -1,0 +1,90 @@
+"""The rules of a whole pass, by name: one alternative for each kind of module.
+
+What the relevant part of the logits then is:
+
+* ``"tail"``, the default: the effect of replacing the source **with the clean run's norm scales held** (exactly so).
+* ``"paper"``: Hsu et al.'s equations (arXiv:2407.00886v3), with their code's choices where the paper makes none.
+* ``"frozen"``: the same with the real attention pattern held, the rule that their code had until September 2024.
+* ``"exact"``: the effect of replacing the source, nothing held. It *is* ablation, and the yardstick of the others.
+* ``"held"``: that effect with norm scales and attention patterns held.
+* ``"linear"``: relevance patching (Jafari et al. 2025): scales, patterns and slopes held, so that sources add up.
+
+Which is best: on trained models ``"tail"`` ranks heads as ablation does (Spearman correlation with the total effect
+TAIL_RANGE on the built-in model's four tasks), while ``"paper"`` follows their *direct* effect on the logits and has
+PAPER_RANGE with the total one (``benchmarks/results/decomposition.md``).
+"""
+
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from mechinterp.decomposition.rules import SLOPE_AT_ZERO, ActivationRule, AttentionRule, Bias, GateRule, NormRule
+from mechinterp.errors import ModelError, nearest
+from mechinterp.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which alternative each rule takes: see ``rules.py``. ``sign``: whether ``by_sign`` follows the MLP's two products
+    and the layer's sum, as in the published code (whose attention-only model has no such rule, so neither has ours).
+
+    ``ModelError`` for an alternative that there is not.
+    """
+
+    linear: str = "irrelevant"
+    norm: str = "held"
+    attention: str = "irrelevant"
+    activation: str = "irrelevant"
+    gate: str = "irrelevant"
+    sign: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            known, given = _ALTERNATIVES.get(field.name), getattr(self, field.name)
+            if known is not None and given not in known:
+                hint = nearest(str(given), known)
+                raise ModelError(f"there is no {field.name} rule {given!r}; there are {', '.join(known)}.{hint}")
+
+
+_ALTERNATIVES = {
+    "linear": get_args(Bias),
+    "norm": get_args(NormRule),
+    "attention": get_args(AttentionRule),
+    "activation": get_args(ActivationRule),
+    "gate": get_args(GateRule),
+}
+
+RULE_SETS: dict[str, Rules] = {
+    "tail": Rules(),
+    "paper": Rules(linear="share", attention="relevant", gate="half", sign=True),
+    "frozen": Rules(linear="share", attention="held", gate="half", sign=True),
+    "exact": Rules(norm="own"),
+    "held": Rules(attention="held"),
+    "linear": Rules(attention="held", activation="ratio", gate="half"),
+}
+
+
+def check_rules(rules: Rules, config: ModelConfig) -> None:
+    """``ModelError`` for a rule that this family of models cannot use."""
+    if config.has_mlp and rules.activation == "ratio" and config.activation not in SLOPE_AT_ZERO:
+        raise ModelError(
+            f"the activation rule 'ratio' needs the slope of {config.activation!r} at 0, which is known for "
+            f"{', '.join(SLOPE_AT_ZERO)}. Use another activation rule for {config.name}, such as 'irrelevant'."
+        )
+
+
+def rules_named(rules: str | Rules) -> Rules:
+    """A rule set by name, or one of your own as it is. ``ModelError`` names those that there are."""
+    if isinstance(rules, Rules):
+        return rules
+    if rules not in RULE_SETS:
+        known = ", ".join(RULE_SETS)
+        raise ModelError(f"there is no rule set {rules!r}; there are {known}, or give Rules(...).{nearest(rules, RULE_SETS)}")
+    return RULE_SETS[rules]
+
+
+def rules_name(rules: str | Rules) -> str:
+    """How results call a rule set: by its name, or by its alternatives."""
+    if isinstance(rules, str):
+        return rules
+    known = next((name for name, other in RULE_SETS.items() if other == rules), None)
+    return known or ",".join(f"{field.name}={getattr(rules, field.name)}" for field in fields(rules))

@@ -1,0 +1,124 @@
+"""One clean pass, in which every activation is known: the totals that all splits are splits of."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from mechinterp.cache import ActivationCache
+from mechinterp.models.transformer import Transformer
+from mechinterp.sites import Site, all_sites
+
+_NAMES = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The activations of a clean pass from position ``first`` on, or with ``at_end`` at each prompt's END alone.
+
+    ``ends``: where logits are wanted (None: everywhere). ``logits_of``: the tokens they are wanted of (None: all).
+    """
+
+    model: Transformer
+    cache: ActivationCache
+    ends: Int[Tensor, "batch"] | None = None
+    logits_of: Int[Tensor, "batch candidate"] | None = None
+    first: int = 0
+    at_end: bool = False
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: Transformer,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        ends: Int[Tensor, "batch"] | None = None,
+        logits_of: Int[Tensor, "batch candidate"] | None = None,
+        patterns: bool = False,
+    ) -> "Totals":
+        """One forward. ``patterns``: attention is recorded, too, for rules that hold it."""
+        wanted = (*_NAMES, "pattern") if patterns else _NAMES
+        sites = [site for site in all_sites(model.config) if site.name in wanted]
+        tokens = tokens.to(model.device)
+        _, cache = model.run(tokens, record=sites, logits_at="last", logits_of=tokens[:, :0])
+        ends, logits_of = (None if at is None else at.to(model.device) for at in (ends, logits_of))
+        return cls(model, cache, ends, logits_of)
+
+    @staticmethod
+    def size_of_a_token(model: Transformer) -> int:
+        """Bytes that a pass keeps of each token (patterns not counted)."""
+        config = model.config
+        a_layer = 5 * config.d_model + 4 * config.n_heads * config.d_head + 2 * (config.d_mlp or 0)
+        return config.n_layers * a_layer * model.weights.W_E.element_size()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many prompts, and of how many positions in all."""
+        return self.cache["resid_pre", 0].shape[:2]  # type: ignore[return-value]
+
+    @property
+    def queries(self) -> Int[Tensor, "#batch query_pos"]:
+        """The positions that are looked at."""
+        if self.at_end and self.ends is not None:
+            return self.ends[:, None]
+        return torch.arange(self.first, self.shape[1], device=self.model.device)[None]
+
+    def __call__(self, name: str, layer: int) -> Float[Tensor, "batch here *axes"]:
+        return self.here(self.cache[name, layer][:, self.first :])
+
+    def here(self, x: Float[Tensor, "batch pos *axes"]) -> Float[Tensor, "batch here *axes"]:
+        """What is given from ``first`` on, at the positions that are looked at."""
+        return x if not self.at_end else x[self._rows].unsqueeze(1)
+
+    def stacked_here(self, x: Shaped[Tensor, "source batch pos *axes"]) -> Shaped[Tensor, "source batch here *axes"]:
+        """The same of a stack."""
+        return x if not self.at_end else x[:, *self._rows].unsqueeze(2)
+
+    def narrowed(self) -> "Totals":
+        """The same pass, looked at where logits are wanted."""
+        return self if self.ends is None else replace(self, at_end=True)
+
+    def before(self, name: str, layer: int) -> Float[Tensor, "batch prefix head_index d_head"]:
+        """Keys or values in front of ``first``, where nothing is relevant."""
+        return self.cache[name, layer][:, : self.first]
+
+    def pattern(self, layer: int) -> Float[Tensor, "batch head_index query_pos key_pos"]:
+        """The attention of the positions looked at, on the keys from ``first`` on."""
+        rows = self.cache["pattern", layer][:, :, self.first :, self.first :]
+        return self.here(rows.transpose(1, 2)).transpose(1, 2)
+
+    def logits(self, columns: slice | Int[Tensor, "column"] = slice(None)) -> Float[Tensor, "batch pos column"]:
+        """Of the positions looked at, for some tokens or all."""
+        weights, stream = self.model.weights, self("resid_post", self.model.config.n_layers - 1)
+        if (norm := weights.ln_final) is not None:
+            stream = F.layer_norm(stream, stream.shape[-1:], norm.w, norm.b, self.model.config.norm_eps)
+        logits = stream @ weights.W_U[:, columns]
+        return logits if weights.b_U is None else logits + weights.b_U[columns]
+
+    def target(self, site: Site) -> Float[Tensor, "batch *axes"]:
+        """The total of what can be a target, as far as it is wanted."""
+        if site.layer is not None:
+            return self(site.name, site.layer)
+        columns, chosen = self.columns
+        return self.as_wanted(self.narrowed().logits(columns), chosen)
+
+    @property
+    def columns(self) -> tuple[slice | Int[Tensor, "column"], Int[Tensor, "batch candidate"] | None]:
+        """The columns of W_U that are needed, each once, and where among them each prompt's wanted tokens are."""
+        return (slice(None), None) if self.logits_of is None else self.logits_of.unique(return_inverse=True)
+
+    def as_wanted(
+        self, logits: Float[Tensor, "*source batch pos column"], chosen: Int[Tensor, "batch candidate"] | None
+    ) -> Float[Tensor, "*axes token"]:
+        """Logits of the needed columns as those of each prompt's tokens; at END without an axis of positions."""
+        if chosen is not None:
+            logits = logits.gather(-1, chosen.unsqueeze(1).expand(*logits.shape[:-1], -1))
+        return logits if self.ends is None else logits.squeeze(-2)
+
+    @property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        assert self.ends is not None
+        return torch.arange(len(self.ends), device=self.ends.device), self.ends - self.first
