@@ -165,7 +165,8 @@ def faithfulness(model: Transformer, task: Task, circuits: Sequence[Sequence[Nod
     """``(m(C) - m(∅)) / (m(M) - m(∅))`` of each set of heads."""
     alone = HeadsAlone(model, task, replacement_for(model, task, "mean").writes)
     empty, *metrics = alone.metrics([(), *(tuple(map(Part, heads)) for heads in circuits)])
-    return [float((metric - empty) / (alone.whole - empty)) for metric in metrics]
+    whole = fitness(model, task, allow_unsolved=True).clean.mean()
+    return [float((metric - empty) / (whole - empty)) for metric in metrics]
 
 
 def _loaded(source: str, device: str) -> Transformer:

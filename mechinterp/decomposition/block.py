@@ -116,7 +116,8 @@ class Way:
         pre = by.by_sign(pre) if rules.sign else pre
         self._read("mlp_pre", layer, pre)
         f, total = ACTIVATIONS[config.activation], None if view is None else view("mlp_post", layer)
-        post = by.activate(pre, f, rules.activation, by.SLOPE_AT_ZERO[config.activation], total)  # type: ignore[arg-type]
+        slope = by.SLOPE_AT_ZERO.get(config.activation, 0.0)  # `check_rules` has seen to it where it matters
+        post = by.activate(pre, f, rules.activation, slope, total)  # type: ignore[arg-type]
         self._read("mlp_post", layer, post)
         out = self._linear(post, block.W_out, block.b_out, "mlp_out", layer, view)
         return by.by_sign(out) if rules.sign else out

@@ -16,6 +16,7 @@ from mechinterp.errors import UnknownNode, UnknownSite
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.sites import LAYER_SITES, Site, resolve
+from mechinterp.store import ActivationStore
 
 Target = Site | Node | str
 
@@ -30,6 +31,7 @@ def contributions(
     reference: Reference | Int[Tensor, "reference pos"] | None = None,
     ends: Int[Tensor, "batch"] | None = None,
     logits_of: Int[Tensor, "batch candidate"] | None = None,
+    store: ActivationStore | None = None,
     memory: int | None = None,
     progress: bool = False,
 ) -> dict[str, Split]:
@@ -44,9 +46,10 @@ def contributions(
     position by position (Hsu et al.). A mapping from sites to values. None: nothing, so that all of it is relevant.
 
     Positive means what it says in a sum: part of the logit is due to the source. By the default rules it is the fall of
-    the logit when the source is replaced by the reference while norm scales stay. Cost: one forward, and for each source
-    the layers and positions behind it, once. All results are kept: sources x batch x pos x width numbers a target; go over
-    ``propagate`` where that is too much. Raises ``UnknownNode``, ``UnknownSite``, ``ModelError``, ``TaskError``.
+    the logit when the source is replaced by the reference while norm scales stay. ``store``: where the clean pass is kept,
+    or found. Cost: one forward, and for each source the layers and positions behind it, once. All results are kept, sources
+    x batch x pos x width numbers a target: go over ``propagate`` where that is too much. Raises ``UnknownNode``,
+    ``UnknownSite``, ``ModelError``, ``TaskError``.
 
     >>> from mechinterp.models.load import load
     >>> model = load("builtin")
@@ -59,7 +62,7 @@ def contributions(
     known = mean_reference(model, reference) if isinstance(reference, Tensor) else reference
     named = parse_sources(model.config, sources, *tokens.shape, reference=known)
     wanted = {name: part for target in targets for name, part in _parts(model, target).items()}
-    totals = Totals.of(model, tokens, ends=ends, logits_of=logits_of, patterns=chosen.attention == "held")
+    totals = Totals.of(model, tokens, ends=ends, logits_of=logits_of, patterns=chosen.attention == "held", store=store)
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(named) for site, _ in wanted.values()}
     settings = {"reference": known, "memory": memory, "progress": progress}
     for some, begins, found in propagate(totals, named, list(rows), chosen, **settings):

@@ -10,6 +10,7 @@ from torch import Tensor
 from mechinterp.cache import ActivationCache
 from mechinterp.models.transformer import Transformer
 from mechinterp.sites import Site, all_sites
+from mechinterp.store import ActivationStore
 
 _NAMES = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
 
@@ -38,12 +39,16 @@ class Totals:
         ends: Int[Tensor, "batch"] | None = None,
         logits_of: Int[Tensor, "batch candidate"] | None = None,
         patterns: bool = False,
+        store: ActivationStore | None = None,
     ) -> "Totals":
-        """One forward. ``patterns``: attention is recorded, too, for rules that hold it."""
+        """One forward, or none where ``store`` holds it. ``patterns``: attention, too, for rules that hold it."""
         wanted = (*_NAMES, "pattern") if patterns else _NAMES
         sites = [site for site in all_sites(model.config) if site.name in wanted]
         tokens = tokens.to(model.device)
-        _, cache = model.run(tokens, record=sites, logits_at="last", logits_of=tokens[:, :0])
+        if store is None:
+            _, cache = model.run(tokens, record=sites, logits_at="last", logits_of=tokens[:, :0])
+        else:
+            cache = store.cached_run(model, tokens, sites, dtype=model.dtype)
         ends, logits_of = (None if at is None else at.to(model.device) for at in (ends, logits_of))
         return cls(model, cache, ends, logits_of)
 
@@ -67,7 +72,7 @@ class Totals:
         return torch.arange(self.first, self.shape[1], device=self.model.device)[None]
 
     def __call__(self, name: str, layer: int) -> Float[Tensor, "batch here *axes"]:
-        return self.here(self.cache[name, layer][:, self.first :])
+        return self.here(self._all(name, layer)[:, self.first :])
 
     def here(self, x: Float[Tensor, "batch pos *axes"]) -> Float[Tensor, "batch here *axes"]:
         """What is given from ``first`` on, at the positions that are looked at."""
@@ -83,11 +88,11 @@ class Totals:
 
     def before(self, name: str, layer: int) -> Float[Tensor, "batch prefix head_index d_head"]:
         """Keys or values in front of ``first``, where nothing is relevant."""
-        return self.cache[name, layer][:, : self.first]
+        return self._all(name, layer)[:, : self.first]
 
     def pattern(self, layer: int) -> Float[Tensor, "batch head_index query_pos key_pos"]:
         """The attention of the positions looked at, on the keys from ``first`` on."""
-        rows = self.cache["pattern", layer][:, :, self.first :, self.first :]
+        rows = self._all("pattern", layer)[:, :, self.first :, self.first :]
         return self.here(rows.transpose(1, 2)).transpose(1, 2)
 
     def logits(self, columns: slice | Int[Tensor, "column"] = slice(None)) -> Float[Tensor, "batch pos column"]:
@@ -117,6 +122,10 @@ class Totals:
         if chosen is not None:
             logits = logits.gather(-1, chosen.unsqueeze(1).expand(*logits.shape[:-1], -1))
         return logits if self.ends is None else logits.squeeze(-2)
+
+    def _all(self, name: str, layer: int) -> Tensor:
+        """At all positions, where the model is: a cache from a store lies in main memory."""
+        return self.cache[name, layer].to(self.model.device)
 
     @property
     def _rows(self) -> tuple[Tensor, Tensor]:

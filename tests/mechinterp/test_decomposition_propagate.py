@@ -8,11 +8,13 @@ import torch
 from mechinterp.decomposition import RULE_SETS, Source, Totals, both_parts, mean_reference, parse_sources, propagate
 from mechinterp.decomposition.contributions import contributions
 from mechinterp.decomposition.propagate import TARGETS
+from mechinterp.decomposition.rules import SLOPE_AT_ZERO
 from mechinterp.decomposition.sources import INPUT, site_of
 from mechinterp.errors import ModelError, TaskError, UnknownNode, UnknownSite
 from mechinterp.models.transformer import ACTIVATIONS, Transformer
 from mechinterp.models.weights import Weights
 from mechinterp.sites import Site, all_sites
+from mechinterp.store import ActivationStore
 
 FAMILIES = ("plain", "attention_only", "parallel", "no_norm", "folded", "bidirectional", "relu")
 LOGITS = Site("logits")
@@ -278,6 +280,18 @@ def test_a_shared_prefix_that_nothing_deviates_in_need_not_be_carried(plain, tok
             torch.testing.assert_close(found[0][index], found[1][index], rtol=0, atol=1e-10)
 
 
+def test_a_clean_pass_is_found_in_the_store_that_all_share(plain, tokens, others, tmp_path):
+    store, reference = ActivationStore(tmp_path), mean_reference(plain, others)
+    expected = contributions(plain, tokens, ["a0.h1", "m1"], ["logits", "q.2"], rules="frozen", reference=reference)
+    for _ in range(2):
+        found = contributions(
+            plain, tokens, ["a0.h1", "m1"], ["logits", "q.2"], rules="frozen", reference=reference, store=store
+        )
+        for name, split in expected.items():
+            torch.testing.assert_close(found[name].relevant, split.relevant)
+    assert len(store.entries()) == 1
+
+
 def test_a_position_of_its_own_for_every_prompt(plain, tokens, others):
     reference, at = mean_reference(plain, others), torch.tensor([1, 4, 2, 6])
     nodes = parse_sources(plain.config, ["a1.h1"], *tokens.shape)[0].nodes
@@ -304,6 +318,12 @@ def test_half_precision_stays_finite(plain, tokens, others, rules):
 
 
 # Errors
+
+
+def test_a_chord_through_a_slope_that_nobody_knows_is_refused(plain, tokens, monkeypatch):
+    monkeypatch.delitem(SLOPE_AT_ZERO, "gelu_new")
+    with pytest.raises(ModelError, match="'ratio' needs the slope of 'gelu_new' at 0, which is known for gelu, relu, silu"):
+        contributions(plain, tokens, ["a0.h1"], rules="linear")
 
 
 @pytest.mark.parametrize(
