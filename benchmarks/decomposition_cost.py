@@ -1,9 +1,10 @@
 """What a contextual decomposition of all heads costs, and what it spares against carrying both parts from the start.
 
-    python -m benchmarks.decomposition_cost          # a quarter of an hour on one core
+    python -m benchmarks.decomposition_cost          # ten minutes on one core
     python -m benchmarks.decomposition_cost memory   # peak memory alone
 
-GPT-2-small shape, random weights, 16 x 16 tokens, one thread. A *forward* is one plain pass of our engine over the same
+GPT-2-small shape, random weights, 16 x 16 tokens, one thread; four heads of each layer are the sources, as all heads of a
+layer cost the same. A *forward* is one plain pass of our engine over the same
 prompts, logits at END alone. The two-part pass carries relevant and irrelevant from the embedding on, as the papers write
 it, for one source at a time, up to the last residual stream (not counting its unembedding); it costs the same for each.
 Products are counted by torch's own counter; they alone decide the figure "in forwards", and CPU seconds the ratio.
@@ -24,7 +25,7 @@ from mechinterp.sites import Site
 
 RULES = ("tail", "paper", "frozen")
 LOGITS, HEADS = [Site("logits")], [Site("z", layer) for layer in range(1, 12)]
-ALL_HEADS = [f"a{layer}.h{head}" for layer in range(12) for head in range(12)]
+SOURCES = [f"a{layer}.h{head}" for layer in range(12) for head in range(4)]  # the heads of a layer cost the same
 
 
 def main(arguments: list[str]) -> None:
@@ -42,9 +43,9 @@ def main(arguments: list[str]) -> None:
 
 def costs(facts: dict) -> list[tuple[str, str, str]]:
     model, task = ours(hooked(GPT2_SMALL)), random_task()
-    prompts, n = task.prompts, len(ALL_HEADS)
+    prompts, n = task.prompts, len(SOURCES)
     reference = mean_reference(model, prompts.corrupted)
-    sources = parse_sources(model.config, ALL_HEADS, *prompts.clean.shape, reference=reference)
+    sources = parse_sources(model.config, SOURCES, *prompts.clean.shape)
 
     def forward() -> None:
         model.run(prompts.clean, logits_at=prompts.end)
@@ -66,11 +67,11 @@ def costs(facts: dict) -> list[tuple[str, str, str]]:
     for rules in RULES:
         cases |= {f"{rules} to logits": ours_to(LOGITS, rules), f"{rules} to all": ours_to([*LOGITS, *HEADS], rules)}
         cases[f"{rules} two parts"] = two_parts(rules)
-    times = measure.interleave(cases, rounds=3)
+    times = measure.interleave(cases, rounds=3, warm_up=False)
     flops = {name: _flops(case) for name, case in cases.items()}
     rows = []
     for rules in RULES:
-        for where, what in (("logits", "144 heads -> logits"), ("all", "144 heads -> logits and every later head")):
+        for where, what in (("logits", "heads of all layers -> logits"), ("all", "heads of all layers -> logits and every later head")):
             name = f"{rules} to {where}"
             a_source = times[name].per(times["forward"])
             counted, seconds = flops[name] / flops["forward"] / n, a_source["cpu"] / n

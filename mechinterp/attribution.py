@@ -27,6 +27,7 @@ from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.sites import Site
+from mechinterp.tasks.base import single_token, tokenizer_of
 
 BASELINES = ("mean", "zero")
 _KIND, _VERSION = "mechinterp text attribution", 1
@@ -91,7 +92,7 @@ def decompose(
     foil: str | None = None,
     rules: str | Rules = "tail",
     baseline: str = "mean",
-    phrases: bool | Sequence[str] = False,
+    phrases: bool | str | Sequence[str] = False,
     percentile: float = 80.0,
     max_rounds: int = 10,
     bos: bool | None = None,
@@ -117,6 +118,11 @@ def decompose(
     >>> found.answer, found.foil, max(found.strongest(2))[0]
     (' Mary', ' John', ' Mary')
     """
+    phrases = [phrases] if isinstance(phrases, str) else phrases
+    if not (isinstance(phrases, bool) or phrases) or max_rounds < 1:
+        raise TaskError(
+            f"phrases={phrases!r} and max_rounds={max_rounds} name no phrase. Give texts, True or False; and 1 or more."
+        )
     question = _Question.ask(model, text, answer, foil, rules, baseline, bos)
     singles = [(at, at + 1) for at in range(len(question.tokens))]
     scores = question.scores(singles)
@@ -146,21 +152,19 @@ class _Question:
 
     @classmethod
     def ask(cls, model: Transformer, text: str, answer, foil, rules, baseline: str, bos: bool | None) -> "_Question":
-        chosen, tokenizer = rules_named(rules), model.tokenizer
-        if tokenizer is None:
-            raise TaskError("this model has no tokenizer, and the prompt is text. Load it with one: load(..., tokenizer=...).")
+        chosen, tokenizer = rules_named(rules), tokenizer_of(model)
         if baseline not in BASELINES:
             known = ", ".join(BASELINES)
             raise TaskError(f"there is no baseline {baseline!r}; there are {known}.{nearest(str(baseline), BASELINES)}")
-        if foil is not None and answer is None:
-            raise TaskError(f"the foil {foil!r} has no answer to stand against. Name the answer too.")
+        if foil is not None and answer in (None, foil):
+            raise TaskError(f"the foil {foil!r} needs another answer to stand against. Name both.")
         if not tokenizer.spans(text)[0]:
             raise TaskError("the text has no tokens. Give at least one word.")
         ids = tokenizer.encode(text, bos)
         tokens = torch.tensor([ids], device=model.device)
         with torch.no_grad():
             likeliest = model.run(tokens, logits_at="last")[0][0].topk(2).indices.tolist()
-        words = [_one_token(tokenizer, word) for word in (answer, foil) if word is not None]
+        words = [single_token(tokenizer, word) for word in (answer, foil) if word is not None]
         candidates = torch.tensor(words or likeliest, device=model.device)
         end = torch.tensor([len(ids) - 1])
         totals = Totals.of(model, tokens, ends=end, logits_of=candidates[None], patterns=chosen.attention == "held")
@@ -199,18 +203,8 @@ class _Question:
 def _baseline(model: Transformer, n_pos: int, baseline: str) -> Reference:
     weights = model.weights
     if baseline == "zero":
-        return {}
+        return {}  # nothing is irrelevant of a token
     return {INPUT: (weights.W_E.mean(0) + weights.W_pos[:n_pos])[None]}
-
-
-def _one_token(tokenizer: Tokenizer, word: str) -> int:
-    token = tokenizer.single(word)
-    if token is None:
-        raise TaskError(
-            f"{word!r} is not one known token of {tokenizer.name!r} but {tokenizer.strings(tokenizer.spans(word)[0])}; answer "
-            "and foil must be single tokens. Mind the leading space, or choose another word."
-        )
-    return token
 
 
 def _agglomerate(

@@ -110,8 +110,8 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_a_model_is_loaded(her
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((TEXT, "--answer", " Mary John"), "' Mary John' is not one known token.*Mind the leading space"),
-        ((TEXT, "--answer", " Mary", "--foil", " John Mary"), "' John Mary' is not one known token"),
+        ((TEXT, "--answer", " Mary John"), "' Mary John' is 2 tokens.*Mind the leading space"),
+        ((TEXT, "--answer", " Mary", "--foil", " John Mary"), "' John Mary' is 2 tokens"),
         ((TEXT * 9,), "reads at most 96 positions"),
         ((TEXT, "--model", "./nowhere"), "no directory './nowhere'"),
         ((TEXT, "--device", "abacus"), "--device abacus cannot be used here"),

@@ -138,7 +138,7 @@ class Decomposed:
     def to_logits(self, wiring: Wiring, bar: tqdm) -> Float[Tensor, "prompt writer"]:
         falls = self._zeros(len(wiring.writers), len(self.prompts))
         for some, _, found in self.reach([Source((writer,)) for writer in wiring.writers], [LOGITS]):
-            falls[some] = self.falls(found[LOGITS])
+            falls[some] = self.falls(found[LOGITS]).to(falls)
             bar.update(len(some) * len(self.prompts))
         return falls.T
 
@@ -154,7 +154,7 @@ class Decomposed:
                 of_heads = worth.sum((2, -1)).permute(0, 2, 1) if site.name != "mlp_out" else worth.sum((2, 3)).unsqueeze(1)
                 grid[some, reader : reader + of_heads.shape[1]] = of_heads.to(grid)
                 reader += of_heads.shape[1]
-            grid[some, -1] = self.falls(found[LOGITS])
+            grid[some, -1] = self.falls(found[LOGITS]).to(grid)
             bar.update(len(some) * len(self.prompts))
         return grid[wiring.edge_writer, wiring.edge_reader].T
 

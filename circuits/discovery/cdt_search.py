@@ -6,7 +6,7 @@ Hsu et al. 2024/2025 (arXiv:2407.00886), algorithm 1. Targets are first the outp
    there, in units of the metric; to heads, the sum over targets of how relevant s is to each.
 2. *Selection*: the sources of the highest R (optionally divided by the mean of their layer) join the circuit.
 3. *Pruning*: members without which the circuit would be better are taken out again, one at a time.
-4. Stop when the circuit does as well as the model, gains no more, or nothing is upstream of the targets.
+4. Stop when the circuit does as well as the model or nothing is upstream; if ``stepwise``, also when it gains no more.
 
 What a source is to a target depends on no earlier choice, so all pairs are decomposed once (``relevance_table``) and the
 rounds only look them up. All MLPs stay, as in the paper: a circuit is its heads, and what is outside carries what the
@@ -35,7 +35,7 @@ import networkx as nx
 import numpy as np
 
 from circuits.ablation import Ablation, replacement_for
-from circuits.discovery.cdt_table import Part, RelevanceTable, check_positions, relevance_table
+from circuits.discovery.cdt_table import Part, RelevanceTable, check_positions, relevance_table, table_key
 from circuits.discovery.heads_alone import HeadsAlone
 from circuits.fitness import fitness
 from circuits.graph import Circuit
@@ -112,7 +112,8 @@ class FoundHeads:
         return self.wiring.circuit(kept[self.wiring.edge_writer], **self.facts)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.parts)} parts in {len(self.rounds)} rounds, faithfulness {self.faithfulness:.3f}"]
+        stopped = " (as many as were allowed)" if len(self.rounds) == self.facts.get("max_rounds") else ""
+        lines = [f"{len(self.parts)} parts in {len(self.rounds)} rounds{stopped}, faithfulness {self.faithfulness:.3f}"]
         for n, step in enumerate(self.rounds):
             pruned = f"; pruned {_listed(step.pruned)}" if step.pruned else ""
             into = "the output" if not step.targets else _listed(step.targets) if self.facts.get("stepwise") else "all of these"
@@ -145,8 +146,9 @@ def cdt_search(
 
     ``percentile``: parts whose R is at or above it are taken in each round (the paper sweeps 90 to 99); ``n_per_round`` takes
     that many instead. ``positions``: the task's positions at which heads are told apart; None takes heads whole. ``prune_by``:
-    None does not prune. ``tolerance``: stop within this share of the model's metric. ``table``: that of an earlier search
-    on the same prompts with the same rules, positions and ablation, which then is not made again.
+    None does not prune. ``tolerance``: stop when the metric is as near to the model's as this share of what all heads make
+    (model minus none). ``table``: that of an earlier search with the same rules, positions and ablation on the same task,
+    which then is not made again.
 
     Cost: ``relevance_table``, and in pruning one forward for each member and removal. Errors as in ``discover``;
     ``CircuitError`` for settings that take nothing, ``TaskError`` for positions that the task does not name.
@@ -160,8 +162,14 @@ def cdt_search(
     _check(percentile, n_per_round, prune_by, max_rounds)
     check_positions(task, positions)
     whole = float(fitness(model, task, allow_unsolved=allow_unsolved).clean.mean())
-    table = table or relevance_table(model, task, rules=rules, positions=positions, ablation=ablation, progress=progress)
     replacement = replacement_for(model, task, ablation)
+    if table is None:
+        table = relevance_table(model, task, rules=rules, positions=positions, ablation=ablation, progress=progress)
+    elif table.key != table_key(model, task, rules, positions, replacement.name):
+        raise CircuitError(
+            f"this table was made with another model, task, rules, positions or ablation than {rules_name(rules)!r}, "
+            f"positions={positions} and {replacement.name!r} on {task.name!r}. Make it with `relevance_table` for these."
+        )
     alone = HeadsAlone(model, task, replacement.writes)
     between = table.between(relevance) * (_worth(table, relevance) if weighted else 1.0)
     empty = float(alone.metrics([()])[0])
@@ -187,7 +195,7 @@ def cdt_search(
         rounds[-1] = replace(rounds[-1], pruned=pruned, metric=before)
     settings = {"rules": rules_name(rules), "relevance": relevance, "percentile": percentile, "n_per_round": n_per_round}
     settings |= {"signed": signed, "weighted": weighted, "per_layer": per_layer, "stepwise": stepwise}
-    settings["prune_by"] = prune_by
+    settings |= {"prune_by": prune_by, "max_rounds": max_rounds}
     facts = {"model": model.config.name, "task": task.name, "method": "cdt-search", "ablation": replacement.name, **settings}
     there = {*map(str, kept), "logits"}
     return FoundHeads(

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation, refuse_lonely_means, replacement_for
 from circuits.discovery.cdt import LOGITS, Decomposed, in_rows
-from mechinterp.decomposition import Rules, Source, rules_named
+from circuits.discovery.walk import digest
+from mechinterp.decomposition import Rules, Source, rules_name, rules_named
 from mechinterp.errors import CircuitError, TaskError, nearest
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
@@ -45,7 +46,8 @@ class RelevanceTable:
     * ``relevant`` and ``irrelevant``: the sums of ``|β|`` and ``|γ|``;
     * ``projection``: ``β·(z - μ) / |z - μ|²``, the share of the target's deviation that is due to the source, with its sign.
 
-    Sums run over prompts, positions and ``d_head`` first. Zero where the target does not come after the source.
+    Sums run over prompts, positions up to END and ``d_head`` first. Zero where the target does not come after the source.
+    ``key`` names what decides all of it: weights, prompts, metric, rules, positions and ablation.
     """
 
     parts: tuple[Part, ...]
@@ -53,6 +55,7 @@ class RelevanceTable:
     relevant: Float[np.ndarray, "source target"]
     irrelevant: Float[np.ndarray, "source target"]
     projection: Float[np.ndarray, "source target"]
+    key: str
 
     def between(self, relevance: str) -> Float[np.ndarray, "source target"]:
         """``"projection"``; ``"share"``: ``|β| / (|β| + |γ|)`` in [0, 1]; ``"ratio"``: ``|β| / |γ|``, unbounded (eq. 16)."""
@@ -102,13 +105,24 @@ def relevance_table(
     behind = np.array([[target.head.layer > source.head.layer for target in parts] for source in parts])  # type: ignore[operator]
     relevant, irrelevant, along = sums * behind
     projection = np.divide(along, deviation, out=np.zeros_like(along), where=deviation > 0)
-    return RelevanceTable(parts, output / len(task), relevant, irrelevant, projection)
+    key = table_key(model, task, rules, positions, replacement.name)
+    return RelevanceTable(parts, output / len(task), relevant, irrelevant, projection, key)
+
+
+def table_key(model: Transformer, task: Task, rules: str | Rules, positions: Sequence[str] | None, ablation: str) -> str:
+    """The ``key`` of the table that these make."""
+    chosen = [rules_name(rules), None if positions is None else list(positions), ablation, task.metric_name]
+    return digest(model, [task.prompts], chosen)
 
 
 def check_positions(task: Task, positions: Sequence[str] | None) -> None:
-    """``TaskError`` for a position that the task does not name."""
+    """``TaskError`` for what is no list of the task's positions, each once."""
+    if positions is None:
+        return
     known = task.prompts.positions
-    for position in positions or ():
+    if isinstance(positions, str) or not positions or len(set(positions)) < len(positions):
+        raise TaskError(f"positions must be a list of {', '.join(known)}, each once, or None for all; not {positions!r}.")
+    for position in positions:
         if position not in known:
             raise TaskError(f"{task.name!r} has no position {position!r}; it has {', '.join(known)}.{nearest(position, known)}")
 
@@ -122,9 +136,11 @@ def _deviations(run: Decomposed, positions: Sequence[str] | None) -> Float[np.nd
 def _sums(
     run: Decomposed, layer: int, relevant: Tensor, irrelevant: Tensor, begins: int, positions: Sequence[str] | None
 ) -> Float[np.ndarray, "kind source part"]:
-    deviation = (run.totals("z", layer) - run.replaced.z[layer])[:, begins:]
-    kinds = (relevant.abs().sum(-1), irrelevant.abs().sum(-1), (relevant * deviation).sum(-1))
-    return np.stack([_of_parts(of, run.prompts, begins, positions) for of in kinds])
+    z = run.totals("z", layer)
+    along = relevant * (z - run.replaced.z[layer])[:, begins:]
+    found = [_of_parts(of.sum(-1), run.prompts, begins, positions) for of in (relevant.abs(), irrelevant.abs(), along)]
+    found[1] += _of_parts(z[:, :begins].abs().sum(-1)[None], run.prompts, 0, positions)  # in front, all of it is irrelevant
+    return np.stack(found)
 
 
 def _of_parts(

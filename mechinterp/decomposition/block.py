@@ -88,25 +88,31 @@ class Way:
         return (self.totals if read & set(AFTER_KEYS) else behind), behind
 
     def _attention(self, layer: int, x: Split, view: Totals | None) -> Split:
-        config, block, rules = self.model.config, self.model.weights.blocks[layer], self.rules
-        normed, width = self._normalize(x, block.ln1), config.n_heads * config.d_head
-        ports = []
-        for port, name in enumerate("qkv"):
-            here = view if name == "q" else self.totals
-            read, columns = _narrow(normed, self.totals, here), slice(port * width, (port + 1) * width)
-            assert read is not None
-            made = self._linear(read, block.W_QKV[:, columns], block.b_QKV[columns], name, layer, here)
-            ports.append(made.map(lambda part: part.unflatten(-1, (config.n_heads, config.d_head))))
-            self._read(name, layer, ports[-1])
-        q, k, v = ports
-        pattern = total = None
+        config, rules = self.model.config, self.rules
+        normed = self._normalize(x, self.model.weights.blocks[layer].ln1)
+        if view is not None and rules.attention == "held":
+            for name in {"q", "k"} & {site.name for site in self.targets if site.layer == layer}:
+                self._port(name, layer, normed, view)
+            return by.gather(view.pattern(layer), self._port("v", layer, normed, view), view("z", layer))
+        q, k, v = (self._port(name, layer, normed, view) for name in "qkv")
+        total, queries = None, torch.arange(self.stack.n_pos, device=self.model.device)[None]
         if view is not None:
-            total, pattern = view("z", layer), view.pattern(layer) if rules.attention == "held" else None
-            if pattern is None:
-                k, v = (_with_prefix(of, view.before(name, layer)) for of, name in ((k, "k"), (v, "v")))
-        queries = torch.arange(self.stack.n_pos, device=self.model.device)[None] if view is None else view.queries
+            total, queries = view("z", layer), view.queries
+            k, v = (_with_prefix(of, view.before(name, layer)) for of, name in ((k, "k"), (v, "v")))
         seen = visible(queries, self.stack.n_pos) if config.causal else None
-        return by.attend(q, k, v, config.scale, seen, rules.attention, pattern, total)  # type: ignore[arg-type]
+        return by.attend(q, k, v, config.scale, seen, rules.attention, total)  # type: ignore[arg-type]
+
+    def _port(self, name: str, layer: int, normed: Split, view: Totals | None) -> Split:
+        """Queries where they are needed, keys and values everywhere."""
+        config, block = self.model.config, self.model.weights.blocks[layer]
+        here, width = view if name == "q" else self.totals, config.n_heads * config.d_head
+        first = "qkv".index(name) * width
+        read = _narrow(normed, self.totals, here)
+        assert read is not None
+        W, b = block.W_QKV[:, first : first + width], block.b_QKV[first : first + width]
+        made = self._linear(read, W, b, name, layer, here).map(lambda part: part.unflatten(-1, (config.n_heads, config.d_head)))
+        self._read(name, layer, made)
+        return made
 
     def _mlp(self, layer: int, stream: Split, view: Totals | None) -> Split:
         config, block, rules = self.model.config, self.model.weights.blocks[layer], self.rules

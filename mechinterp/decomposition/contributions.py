@@ -1,6 +1,6 @@
 """What sources contribute to targets, all of it at once: ``propagate`` for those who want the tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,27 @@ from torch import Tensor
 
 from mechinterp.decomposition.propagate import propagate
 from mechinterp.decomposition.rule_sets import Rules, rules_named
-from mechinterp.decomposition.sources import Named, Reference, mean_reference, parse_sources
+from mechinterp.decomposition.sources import Named, Reference, Source, mean_reference, parse_sources, resolve_reference
 from mechinterp.decomposition.split import Split
 from mechinterp.decomposition.totals import Totals
-from mechinterp.errors import UnknownNode, UnknownSite
+from mechinterp.errors import TaskError, UnknownNode, UnknownSite
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.sites import LAYER_SITES, Site, resolve
 from mechinterp.store import ActivationStore
 
 Target = Site | Node | str
+Values = Mapping[Site | str, Float[Tensor, "_ _ ..."]]
 
 
 def contributions(
     model: Transformer,
     tokens: Int[Tensor, "batch pos"],
-    sources: Sequence[Named],
-    targets: Sequence[Target] = ("logits",),
+    sources: Iterable[Named],
+    targets: Target | Sequence[Target] = ("logits",),
     *,
     rules: str | Rules = "tail",
-    reference: Reference | Int[Tensor, "reference pos"] | None = None,
+    reference: Values | Int[Tensor, "reference pos"] | None = None,
     ends: Int[Tensor, "batch"] | None = None,
     logits_of: Int[Tensor, "batch candidate"] | None = None,
     store: ActivationStore | None = None,
@@ -59,10 +60,11 @@ def contributions(
     True
     """
     chosen = rules_named(rules)
-    known = mean_reference(model, reference) if isinstance(reference, Tensor) else reference
-    named = parse_sources(model.config, sources, *tokens.shape, reference=known)
-    wanted = {name: part for target in targets for name, part in _parts(model, target).items()}
     totals = Totals.of(model, tokens, ends=ends, logits_of=logits_of, patterns=chosen.attention == "held", store=store)
+    named = parse_sources(model.config, sources, *tokens.shape)
+    known = None if reference is None else _values(model, reference, ends, named, tokens.shape)
+    targets = [targets] if isinstance(targets, Site | Node | str) else targets
+    wanted = {name: part for target in targets for name, part in _parts(model, target).items()}
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(named) for site, _ in wanted.values()}
     settings = {"reference": known, "memory": memory, "progress": progress}
     for some, begins, found in propagate(totals, named, list(rows), chosen, **settings):
@@ -75,6 +77,17 @@ def contributions(
     return {
         name: splits[s] if head is None else splits[s].map(lambda x, h=head: x[..., h, :]) for name, (s, head) in wanted.items()
     }
+
+
+def _values(model: Transformer, reference: Values | Tensor, ends: Tensor | None, sources: list[Source], shape) -> Reference:
+    if not isinstance(reference, Tensor):
+        return resolve_reference(model, reference, sources, *shape)
+    if ends is not None and not bool((ends == ends[0]).all()):
+        raise TaskError(
+            f"the prompts end at positions {int(ends.min())} to {int(ends.max())}, so a mean over other prompts, position by "
+            "position, fits none but those of its own length. Go over them length by length."
+        )
+    return resolve_reference(model, mean_reference(model, reference), sources, *shape)
 
 
 def _parts(model: Transformer, target: Target) -> dict[str, tuple[Site, int | None]]:

@@ -12,7 +12,7 @@ What makes it cheap, and changes nothing:
 hold the fast way against.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -59,12 +59,12 @@ def propagate(
     check_rules(rules, totals.model.config)
     check_targets(totals.model.config, sources, targets)
     with tqdm(total=len(sources), desc="decompose", unit="source", disable=not progress) as bar:
-        for some, begins in _stacks(totals, sources, first, memory):
+        for some, begins in _stacks(totals, sources, targets, first, memory):
             members = tuple(sources[index] for index in some)
             stack = Stack(members, totals.model.config, *totals.shape, begins, totals.model.device)
             with torch.no_grad():
-                way = Way(totals.model, rules, stack, reference or {}, replace(totals, first=begins), targets)
-                yield some, begins, way.walk()
+                found = Way(totals.model, rules, stack, reference or {}, replace(totals, first=begins), targets).walk()
+            yield some, begins, found
             bar.update(len(some))
 
 
@@ -91,8 +91,10 @@ def both_parts(
     return Way(model, rules, stack, reference or {}, None, targets).walk(Split(torch.zeros_like(embedded), embedded))
 
 
-def check_targets(config: ModelConfig, sources: Sequence[Source], targets: Iterable[Site]) -> None:
+def check_targets(config: ModelConfig, sources: Sequence[Source], targets: Collection[Site]) -> None:
     """``ModelError`` for a site that is no target or that no source can reach; ``UnknownSite`` for one the model lacks."""
+    if not targets or not sources:
+        raise ModelError(f"{len(sources)} sources and {len(targets)} targets leave nothing to compute. Name some of both.")
     first = min(sources, key=lambda source: source.start)
     for site in resolve(config, targets):
         if site.name not in TARGETS:
@@ -108,7 +110,9 @@ def check_targets(config: ModelConfig, sources: Sequence[Source], targets: Itera
             )
 
 
-def _stacks(totals: Totals, sources: Sequence[Source], first: int, memory: int | None) -> Iterator[tuple[list[int], int]]:
+def _stacks(
+    totals: Totals, sources: Sequence[Source], targets: frozenset[Site], first: int, memory: int | None
+) -> Iterator[tuple[list[int], int]]:
     """Sources that begin in the same layer, in order of position, as many at a time as memory allows."""
     config, causal = totals.model.config, totals.model.config.causal
     latest = totals.shape[1] if totals.ends is None else int(totals.ends.min())  # every prompt's END must be carried
@@ -117,18 +121,22 @@ def _stacks(totals: Totals, sources: Sequence[Source], first: int, memory: int |
     budget = _budget(totals.model) if memory is None else memory
     while order:
         start, position = sources[order[0]].start, begins[order[0]]
-        at_once = max(1, budget // _a_source(config, totals, position))
+        at_once = max(1, budget // _a_source(config, totals, targets, position))
         some = [index for index in order[:at_once] if sources[index].start == start]
         yield some, position
         order = order[len(some) :]
 
 
-def _a_source(config: ModelConfig, totals: Totals, first: int) -> int:
-    """Bytes at the worst moment of a block: a hidden layer of the MLP three times over, or queries, keys, values, scores."""
+def _a_source(config: ModelConfig, totals: Totals, targets: frozenset[Site], first: int) -> int:
+    """Bytes at the worst moment of a block (a hidden layer of the MLP three times over, or queries, keys, values, scores),
+    and what is kept of the targets."""
     n_batch, n_pos = totals.shape
-    heads = 8 * config.n_heads * config.d_head + config.n_heads * n_pos
-    widest = 4 * config.d_model + max(3 * (config.d_mlp or 0), heads)
+    heads_wide = config.n_heads * config.d_head
+    widest = 4 * config.d_model + max(3 * (config.d_mlp or 0), 8 * heads_wide + config.n_heads * n_pos)
     unembedded = 3 * config.d_vocab if totals.logits_of is None else 0
+    widths = {"q": heads_wide, "k": heads_wide, "v": heads_wide, "z": heads_wide}
+    widths |= {"mlp_pre": config.d_mlp or 0, "mlp_post": config.d_mlp or 0, "logits": 0}
+    widest += sum(widths.get(site.name, config.d_model) for site in targets)
     carried = (n_pos - first) * widest + (n_pos - first if totals.ends is None else 1) * unembedded
     return n_batch * carried * totals.cache["resid_pre", 0].element_size()
 

@@ -28,7 +28,8 @@ from mechinterp.models.config import ModelConfig
 @dataclass(frozen=True)
 class Rules:
     """Which alternative each rule takes: see ``rules.py``. ``sign``: whether ``by_sign`` follows the MLP's two products
-    and the layer's sum, as in the published code (whose attention-only model has no such rule, so neither has ours).
+    and the layer's sum, as in the published code (whose attention-only model has no such rule, so neither has ours). ``gate``
+    is for gated MLPs, which the engine does not run yet.
 
     ``ModelError`` for an alternative that there is not.
     """

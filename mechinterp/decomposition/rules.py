@@ -44,9 +44,11 @@ def linear(
     relevant = _product(x.relevant, W)
     irrelevant = _product(x.irrelevant, W) if total is None else None
     if b is not None and bias == "share":
-        rest = irrelevant if total is None else (total - b) - relevant
-        assert rest is not None
-        given = share(relevant, rest).mul_(b)
+        if irrelevant is None:
+            assert total is not None
+            given = share(relevant, (total - b) - relevant, overwrite=True).mul_(b)
+        else:
+            given = share(relevant, irrelevant).mul_(b)
         relevant += given
         irrelevant = None if irrelevant is None else irrelevant + (b - given)
     elif b is not None and irrelevant is not None:
@@ -100,7 +102,6 @@ def attend(
     scale: float,
     seen: Bool[Tensor, "#batch 1 query_pos key_pos"] | None,
     rule: AttentionRule = "irrelevant",
-    pattern: Float[Tensor, "batch head_index query_pos carried_pos"] | None = None,
     total: Float[Tensor, "batch query_pos head_index d_head"] | None = None,
 ) -> Split:
     """``z = softmax(q k^T * scale) v``, under the mask ``seen`` (None: every key is seen).
@@ -108,14 +109,12 @@ def attend(
     * ``"relevant"`` (paper, eq. 6 to 15, and the code since September 2024): ``β' = softmax(β_q β_k) β_v``. All cross
       terms, also what a relevant value does under the real pattern, are irrelevant. A source at a single position has
       no relevant query where it is read, so that its pattern is *uniform* whatever the real one is.
-    * ``"held"`` (the code before): ``β' = P β_v`` with the real ``pattern`` P.
+    * ``"held"`` (the code before): ``β' = P β_v`` with the real pattern P (where it is known, ``gather`` is all it takes).
     * ``"irrelevant"``: ``γ' = softmax(γ_q γ_k) γ_v``, what the head would do without the source, and β' the rest of z.
     * ``"middle"``: the mean of the first and the third.
     """
     if rule == "held":
-        P = _pattern(q.total, k.total, scale, seen) if pattern is None else pattern
-        gather = lambda values: torch.einsum("...hqk,...khd->...qhd", P, values)  # noqa: E731
-        return Split(gather(v.relevant), gather(v.irrelevant) if total is None else None, total)
+        return gather(_pattern(q.total, k.total, scale, seen), v, total)
     whole = mix(q.total, k.total, v.total, scale, seen) if total is None else total
     found = []
     if rule in ("relevant", "middle"):
@@ -124,6 +123,19 @@ def attend(
         found.append(whole - mix(q.irrelevant, k.irrelevant, v.irrelevant, scale, seen))
     relevant = found[0] if len(found) == 1 else (found[0] + found[1]) / 2
     return Split(relevant, whole - relevant if total is None else None, total)
+
+
+def gather(
+    pattern: Float[Tensor, "*source batch head_index query_pos key_pos"],
+    v: Split,
+    total: Float[Tensor, "batch query_pos head_index d_head"] | None = None,
+) -> Split:
+    """``z = P v`` with the attention pattern P a constant: linear, as a weight matrix is."""
+    mixed = [
+        torch.einsum("...hqk,...khd->...qhd", pattern, part)
+        for part in (v.relevant, *([v.irrelevant] if total is None else []))
+    ]
+    return Split(mixed[0], mixed[1] if total is None else None, total)
 
 
 def activate(

@@ -17,7 +17,7 @@ from mechinterp.errors import ModelError, TaskError, UnknownNode, nearest
 from mechinterp.models.config import ModelConfig
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
-from mechinterp.sites import Site
+from mechinterp.sites import Site, resolve
 
 INPUT = Site("resid_pre", 0)  # what token and position embedding write
 Reference = Mapping[Site, Float[Tensor, "_ _ ..."]]  # one prompt for all, or one each; all positions
@@ -59,18 +59,17 @@ class Source:
 Named = Source | Node | str | Iterable[Node | str]
 
 
-def parse_sources(
-    config: ModelConfig, sources: Sequence[Named], n_batch: int, n_pos: int, *, reference: Reference | None = None
-) -> list[Source]:
+def parse_sources(config: ModelConfig, sources: Iterable[Named], n_batch: int, n_pos: int) -> list[Source]:
     """Sources by name: ``"a9.h6"``, ``"a9.h6@14"``, ``"m4"``, ``"input@3"``, or several of them as one set.
 
-    ``UnknownNode`` for a part that the model lacks or that cannot be a source, ``ModelError`` for a reference of another
-    shape.
+    ``UnknownNode`` for a part that the model lacks or that cannot be a source.
     """
-    if isinstance(sources, str) or not sources:
+    if isinstance(sources, str | Node | Source) or not (named := list(sources)):
         raise UnknownNode(f"sources must be a list of parts, such as ['a9.h6', 'm4@3'], not {sources!r}.")
-    found = [_parse(source) for source in sources]
+    found = [_parse(source) for source in named]
     for source in found:
+        if not source.nodes:
+            raise UnknownNode("a source without parts has nothing relevant. Name at least one, such as 'a9.h6'.")
         for node in source.nodes:
             _check(config, node, n_pos)
         if source.at is not None and source.at.shape != (n_batch,):
@@ -78,13 +77,42 @@ def parse_sources(
                 f"{source.name!r} needs one position for each of {n_batch} prompts, not {tuple(source.at.shape)}."
             )
         if source.at is not None and not 0 <= int(source.at.min()) <= int(source.at.max()) < n_pos:
-            raise UnknownNode(f"{source.name!r} acts at positions up to {int(source.at.max())}; the prompts have {n_pos}.")
-    for site, value in (reference or {}).items():
-        if value.shape[0] not in (1, n_batch) or value.shape[1] != n_pos:
+            raise UnknownNode(
+                f"{source.name!r} acts at positions {source.at.tolist()}; the prompts have {n_pos}, 0..{n_pos - 1}."
+            )
+    return found
+
+
+def resolve_reference(
+    model: Transformer,
+    reference: Mapping[Site, Tensor] | Mapping[Site | str, Tensor],
+    sources: Sequence[Source],
+    n_batch: int,
+    n_pos: int,
+) -> Reference:
+    """A reference by sites, in the model's precision.
+
+    ``UnknownSite`` for a site that the model lacks; ``ModelError`` for one where no source is set, for a source without a
+    value, and for another shape.
+    """
+    config, found = model.config, {}
+    wide = {"z": (config.n_heads, config.d_head)}
+    for key, value in reference.items():
+        (site,) = resolve(config, [key])
+        if site != INPUT and site.name not in ("z", "mlp_out"):
+            raise ModelError(f"no source is set at {str(site)!r}. References are of {INPUT}, z and mlp_out, by layer.")
+        shape = (n_pos, *wide.get(site.name, (config.d_model,)))
+        if tuple(value.shape[1:]) != shape or value.shape[0] not in (1, n_batch):
             raise ModelError(
-                f"the reference at {str(site)!r} has shape {tuple(value.shape)}; there are {n_batch} prompts of {n_pos} "
-                "positions, and it must have as many (or one for all prompts). Means go position by position: take them over "
-                "prompts of the same length."
+                f"the reference at {str(site)!r} has shape {tuple(value.shape)}; it must be {(n_batch, *shape)}, or 1 for all "
+                "prompts. Means go position by position: take them over prompts of the same length."
+            )
+        found[site] = value.to(model.device, model.dtype)
+    for source in sources:
+        if missing := [node for node in source.nodes if site_of(node) not in found]:
+            raise ModelError(
+                f"the reference has no value at {str(site_of(missing[0]))!r} for the source {source.name!r}. Add it (zeros, if "
+                "nothing of it is irrelevant), or give no reference at all."
             )
     return found
 
@@ -150,10 +178,7 @@ def _parse(source: Named) -> Source:
     if isinstance(source, Source):
         return source
     members = [source] if isinstance(source, Node | str) else list(source)
-    nodes = tuple(sorted(Node.parse(node) if isinstance(node, str) else node for node in members))
-    if not nodes:
-        raise UnknownNode("a source without parts has nothing relevant. Name at least one, such as 'a9.h6'.")
-    return Source(nodes)
+    return Source(tuple(sorted(Node.parse(node) if isinstance(node, str) else node for node in members)))
 
 
 def _check(config: ModelConfig, node: Node, n_pos: int) -> None:

@@ -59,12 +59,14 @@ class Split:
         return Split(self.relevant + other.relevant, self.irrelevant + other.irrelevant)
 
 
-def share(relevant: Float[Tensor, "*axes"], irrelevant: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+def share(
+    relevant: Float[Tensor, "*axes"], irrelevant: Float[Tensor, "*axes"], *, overwrite: bool = False
+) -> Float[Tensor, "*axes"]:
     """``|relevant| / (|relevant| + |irrelevant|)``, element by element, and 0 where both are 0.
 
-    The published code adds 1e-8 to the denominator. That loses the bias where both parts are small (half of it at
-    1e-8), and in half precision 1e-8 is 0 and 0/0 no number. The smallest normal number as a floor changes nothing else.
+    Computed as ``1 / (1 + |irrelevant / relevant|)``, in place where ``irrelevant`` may be overwritten: fresh memory costs
+    more than the arithmetic. The published code adds 1e-8 to the denominator, which loses the bias where both parts are
+    small (half of it at 1e-8); and in half precision 1e-8 is 0, and 0/0 no number.
     """
-    size = relevant.abs()
-    whole = irrelevant.abs().add_(size)
-    return size.div_(whole.clamp_min_(torch.finfo(size.dtype).tiny))
+    ratio = torch.div(irrelevant, relevant, out=irrelevant) if overwrite else irrelevant / relevant
+    return ratio.abs_().add_(1).reciprocal_().nan_to_num_(0.0)

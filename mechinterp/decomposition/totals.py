@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mechinterp.cache import ActivationCache
+from mechinterp.errors import ModelError
 from mechinterp.models.transformer import Transformer
 from mechinterp.sites import Site, all_sites
 from mechinterp.store import ActivationStore
@@ -49,6 +50,7 @@ class Totals:
             _, cache = model.run(tokens, record=sites, logits_at="last", logits_of=tokens[:, :0])
         else:
             cache = store.cached_run(model, tokens, sites, dtype=model.dtype)
+        _check(tokens, ends, logits_of, model.config.d_vocab)
         ends, logits_of = (None if at is None else at.to(model.device) for at in (ends, logits_of))
         return cls(model, cache, ends, logits_of)
 
@@ -92,6 +94,10 @@ class Totals:
 
     def pattern(self, layer: int) -> Float[Tensor, "batch head_index query_pos key_pos"]:
         """The attention of the positions looked at, on the keys from ``first`` on."""
+        if Site("pattern", layer) not in self.cache:
+            raise ModelError(
+                "these rules hold the attention patterns, and this pass did not record them: Totals.of(..., patterns=True)."
+            )
         rows = self._all("pattern", layer)[:, :, self.first :, self.first :]
         return self.here(rows.transpose(1, 2)).transpose(1, 2)
 
@@ -131,3 +137,18 @@ class Totals:
     def _rows(self) -> tuple[Tensor, Tensor]:
         assert self.ends is not None
         return torch.arange(len(self.ends), device=self.ends.device), self.ends - self.first
+
+
+def _check(tokens: Tensor, ends: Tensor | None, logits_of: Tensor | None, d_vocab: int) -> None:
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ModelError(f"tokens must be prompts by positions, at least one of each, not {tuple(tokens.shape)}.")
+    n_batch, n_pos = tokens.shape
+    if ends is not None and not (ends.shape == (n_batch,) and bool(((ends >= 0) & (ends < n_pos)).all())):
+        raise ModelError(f"ends must be one position for each of {n_batch} prompts, 0 to {n_pos - 1}, not {ends.tolist()}.")
+    if logits_of is None:
+        return
+    if logits_of.dim() != 2 or len(logits_of) != n_batch or not bool(((logits_of >= 0) & (logits_of < d_vocab)).all()):
+        raise ModelError(
+            f"logits_of must be token ids from 0 to {d_vocab - 1}, as many for each of {n_batch} prompts, not "
+            f"{tuple(logits_of.shape)} from {int(logits_of.min())} to {int(logits_of.max())}."
+        )

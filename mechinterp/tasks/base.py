@@ -99,7 +99,7 @@ def assemble(tokenizer: Tokenizer, examples: Sequence[Example], *, bos: bool) ->
     rows = [_tokenize(tokenizer, example, bos) for example in examples]
     if not rows:
         raise TaskError("there are no prompts to assemble. Ask for n_prompts >= 1.")
-    candidates = [[_single(tokenizer, word) for word in [*e.answers, *e.foils]] for e in examples]
+    candidates = [[single_token(tokenizer, word) for word in [*e.answers, *e.foils]] for e in examples]
     roles = [[1] * len(e.answers) + [-1] * len(e.foils) for e in examples]
     labels = set(rows[0][2])
     return PromptBatch(
@@ -161,7 +161,8 @@ def _last_token(offsets: Sequence[tuple[int, int]], end: int) -> int:
     return max(i for i, (start, _) in enumerate(offsets) if start < end)
 
 
-def _single(tokenizer: Tokenizer, word: str) -> int:
+def single_token(tokenizer: Tokenizer, word: str) -> int:
+    """The id of a word that must be one token; ``TaskError`` if it is several."""
     token = tokenizer.single(word)
     if token is None:
         raise TaskError(

@@ -1,12 +1,14 @@
 """CD-T's scores against measured ablation, its edges, its table of all pairs, and the search from the output back."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import networkx as nx
 import numpy as np
 import pytest
 import torch
 
+from circuits.ablation import replacement_for
 from circuits.agreement import ranking
 from circuits.discovery import discover
 from circuits.discovery.cdt import cdt, cdt_edges
@@ -19,7 +21,8 @@ from circuits.fitness import fitness
 from circuits.running import run_circuits
 from circuits.wiring import Wiring
 from circuits.writes import Writes
-from mechinterp.decomposition import RULE_SETS
+from mechinterp.decomposition import RULE_SETS, Source
+from mechinterp.decomposition.contributions import contributions
 from mechinterp.errors import CircuitError, ModelError, TaskError
 from mechinterp.models.compiled import COMPILED, indirect_object
 from mechinterp.models.load import load
@@ -181,6 +184,31 @@ def test_a_projection_says_how_much_of_a_heads_deviation_is_due_to_a_source(plai
     np.testing.assert_allclose(table.projection[0, target], along.numpy(), atol=1e-10)
 
 
+@pytest.mark.parametrize("positions", [None, ["X", "END"]])
+@pytest.mark.parametrize("ablation", ["resample", "mean"])
+def test_the_sums_of_the_table_are_those_of_each_pair_by_itself(plain, make_task, monkeypatch, positions, ablation):
+    """Also of what is irrelevant where nothing is carried; in stacks of any size."""
+    task = make_task(plain, n_prompts=6)
+    at = {"X": torch.tensor([0, 1, 2, 3, 4, 5]), "END": task.prompts.end}
+    task = replace(task, prompts=replace(task.prompts, positions=at))
+    table = relevance_table(plain, task, rules="paper", positions=positions, ablation=ablation)
+    writes = replacement_for(plain, task, ablation).writes
+    reference = {Site("z", layer): z for layer, z in enumerate(writes.z)}
+    sources = [Source((part.head,), part.at(task.prompts)) for part in table.parts]
+    found = contributions(plain, task.prompts.clean, sources, ["z"], rules="paper", reference=reference)
+    for t, target in enumerate(table.parts):
+        split = found[f"z.{target.head.layer}"].map(lambda part, head=target.head: part[..., head.index, :])
+        here = torch.arange(7) <= task.prompts.end[:, None]
+        here = here if positions is None else torch.arange(7) == at[target.position][:, None]
+        for name, part in (("relevant", split.relevant), ("irrelevant", split.irrelevant)):
+            expected = (part.abs().sum(-1) * here).sum((1, 2))
+            later = [index for index, source in enumerate(table.parts) if source.head.layer < target.head.layer]
+            np.testing.assert_allclose(getattr(table, name)[later, t], expected[later].numpy(), atol=1e-9)
+    monkeypatch.setattr(import_module("mechinterp.decomposition.propagate"), "MEMORY", 1)
+    again = relevance_table(plain, task, rules="paper", positions=positions, ablation=ablation)
+    np.testing.assert_allclose(again.irrelevant, table.irrelevant, atol=1e-9)
+
+
 def test_positions_tell_a_head_apart():
     planted = indirect_object(n_prompts=8)
     table = relevance_table(planted.model, planted.task, positions=["S2", "END"])
@@ -252,6 +280,15 @@ def test_every_setting_of_the_paper_runs_and_is_written_down(builtin):
     assert sizes[0] > sizes[1]
 
 
+def test_a_table_of_something_else_is_refused(builtin):
+    task, other = (ioi(builtin, n_prompts=16, seed=seed) for seed in (0, 1))
+    table = relevance_table(builtin, task, rules="paper")
+    assert cdt_search(builtin, task, rules="paper", table=table).parts
+    for given, settings in ((task, {}), (other, {"rules": "paper"}), (task, {"rules": "paper", "positions": ["END"]})):
+        with pytest.raises(CircuitError, match="this table was made with another"):
+            cdt_search(builtin, given, table=table, **settings)
+
+
 def test_later_rounds_look_upstream_of_what_was_found(builtin):
     task = ioi(builtin, n_prompts=64, seed=0)
     found = cdt_search(builtin, task, **PAPER, percentile=90.0)
@@ -295,6 +332,8 @@ def lonely(task):
         (lambda m, t: cdt_edges(m, lonely(t), ablation="mean"), TaskError, "a mean over one prompt"),
         (lambda m, t: relevance_table(m, lonely(t), ablation="mean"), TaskError, "a mean over one prompt"),
         (lambda m, t: relevance_table(m, t, positions=["END"]), TaskError, "has no position 'END'"),
+        (lambda m, t: relevance_table(m, t, positions="END"), TaskError, "positions must be a list"),
+        (lambda m, t: relevance_table(m, t, positions=[]), TaskError, "positions must be a list"),
         (lambda m, t: relevance_table(m, t).between("shares"), CircuitError, "no relevance 'shares'.*Did you mean 'share'"),
         (lambda m, t: cdt_search(m, t, percentile=101.0), CircuitError, "percentile=101"),
         (lambda m, t: cdt_search(m, t, n_per_round=0), CircuitError, "take nothing"),

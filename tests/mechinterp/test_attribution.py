@@ -126,8 +126,8 @@ def test_the_picture_shows_every_token_and_score(builtin, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"answer": " Mary and"}, TaskError, "' Mary and' is not one known token of .*single tokens. Mind the leading space"),
-        ({"foil": " John"}, TaskError, "no answer to stand against"),
+        ({"answer": " Mary and"}, TaskError, "the answer ' Mary and' is 2 tokens in .*Mind the leading space"),
+        ({"foil": " John"}, TaskError, "needs another answer to stand against"),
         ({"baseline": "men"}, TaskError, "no baseline 'men'; there are mean, zero.*Did you mean 'mean'"),
         ({"rules": "tial"}, ModelError, "no rule set 'tial'.*Did you mean 'tail'"),
         ({"phrases": True, "percentile": 100.0}, TaskError, "percentile=100.0 keeps no token"),
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_said(builtin, settings, error, says):
 def test_an_empty_text_and_a_model_without_tokenizer_are_refused(builtin, plain):
     with pytest.raises(TaskError, match="no tokens"):
         decompose(builtin, "")
-    with pytest.raises(TaskError, match="no tokenizer"):
+    with pytest.raises(TaskError, match="has no tokenizer"):
         decompose(plain, TEXT)
 
 

@@ -53,34 +53,18 @@ def relevant(model, tokens, sources, targets, rules, reference, **settings) -> d
 # Sums
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rules", RULE_SETS)
-def test_the_parts_add_up_to_the_forward_pass_after_every_module(family, tokens, others, rules):
+def test_the_parts_add_up_to_the_forward_pass_after_every_module(family, tokens, others, rules, dtype, tolerance):
     """Both parts carried from the embedding on: the irrelevant one is nobody's difference."""
-    reference, targets = mean_reference(family, others), targets_of(family)
-    sources = parse_sources(family.config, some_sources(family), *tokens.shape, reference=reference)
-    found = both_parts(family, tokens, sources, targets, RULE_SETS[rules], reference=reference)
-    _, cache = family.run(tokens, record=targets)
-    for site in targets:
-        scale = float(cache[site].abs().max())
-        torch.testing.assert_close(
-            found[site].relevant + found[site].irrelevant,
-            cache[site].expand_as(found[site].relevant),
-            rtol=0,
-            atol=1e-12 * scale,
-        )
-
-
-@pytest.mark.parametrize("rules", RULE_SETS)
-def test_they_add_up_in_single_precision_too(family, tokens, others, rules):
-    model = family.to(dtype=torch.float32)
+    model = family.to(dtype=dtype)
     reference, targets = mean_reference(model, others), targets_of(model)
     sources = parse_sources(model.config, some_sources(model), *tokens.shape)
     found = both_parts(model, tokens, sources, targets, RULE_SETS[rules], reference=reference)
     _, cache = model.run(tokens, record=targets)
     for site in targets:
-        scale = float(cache[site].abs().max())
-        total = found[site].relevant + found[site].irrelevant
-        torch.testing.assert_close(total, cache[site].expand_as(total), rtol=0, atol=1e-5 * scale)
+        total, scale = found[site].relevant + found[site].irrelevant, float(cache[site].abs().max())
+        torch.testing.assert_close(total, cache[site].expand_as(total), rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("rules", RULE_SETS)
@@ -335,6 +319,8 @@ def test_a_chord_through_a_slope_that_nobody_knows_is_refused(plain, tokens, mon
         (["a0.h1.q"], ["logits"], UnknownNode, "'a0.h1.q' cannot be a source"),
         (["logits"], ["z"], UnknownNode, "'logits' cannot be a source"),
         ([], ["logits"], UnknownNode, "must be a list of parts"),
+        ([Source(())], ["logits"], UnknownNode, "without parts"),
+        (["a0.h1"], [], ModelError, "1 sources and 0 targets leave nothing to compute"),
         ("a0.h1", ["logits"], UnknownNode, "must be a list of parts"),
         ([[]], ["logits"], UnknownNode, "without parts"),
         (["a0.h1"], ["pattern.1"], ModelError, "'pattern.1' cannot be a target. Targets are"),
@@ -360,12 +346,60 @@ def test_a_mean_needs_prompts_that_mean_the_same(plain, tokens):
         mean_reference(plain, tokens[:1])
     with pytest.raises(TaskError, match="end at positions 5 to 6"):
         mean_reference(plain, tokens, torch.tensor([6, 5, 6, 6]))
-    with pytest.raises(ModelError, match="reference at 'resid_pre.0' has shape .* there are 4 prompts of 7 positions"):
+    with pytest.raises(ModelError, match="reference at 'resid_pre.0' has shape .* it must be .4, 7, 12., or 1 for all"):
         contributions(plain, tokens, ["a0.h1"], reference=mean_reference(plain, tokens[:, :5]))
+    with pytest.raises(TaskError, match="prompts end at positions 2 to 6, so a mean over other prompts"):
+        contributions(plain, tokens, ["a0.h1"], reference=tokens, ends=torch.tensor([6, 5, 2, 4]))
     with pytest.raises(UnknownNode, match="one position for each of 4 prompts"):
         contributions(
             plain, tokens, [replace(Source(parse_sources(plain.config, ["a0.h1"], 4, 7)[0].nodes), at=torch.tensor([1]))]
         )
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "says"),
+    [
+        ({"z.3": torch.zeros(1, 7, 3, 5)}, UnknownSite, "layers of plain run 0..2"),
+        ({"q.0": torch.zeros(1, 7, 3, 5)}, ModelError, "no source is set at 'q.0'"),
+        ({"z.0": torch.zeros(4, 7, 1, 5)}, ModelError, "it must be .4, 7, 3, 5."),
+        ({"z.1": torch.zeros(1, 7, 3, 5)}, ModelError, "no value at 'z.0' for the source 'a0.h1'"),
+    ],
+)
+def test_a_reference_that_would_be_read_as_something_else_is_refused(plain, tokens, reference, error, says):
+    with pytest.raises(error, match=says):
+        contributions(plain, tokens, ["a0.h1"], reference=reference)
+
+
+def test_a_reference_goes_by_names_and_takes_the_models_precision(plain, tokens, others):
+    by_site = mean_reference(plain, others)
+    by_name = {str(site): value.float() for site, value in by_site.items()}
+    found = [contributions(plain, tokens, ["a0.h1"], reference=each)["logits"].relevant for each in (by_site, by_name)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], contributions(plain, tokens, ["a0.h1"])["logits"].relevant, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ends": torch.tensor([-1] * 4)}, "one position for each of 4 prompts, 0 to 6"),
+        ({"logits_of": torch.tensor([[23]] * 4)}, "token ids from 0 to 22"),
+    ],
+)
+def test_logits_are_of_positions_and_tokens_that_there_are(plain, tokens, settings, says):
+    with pytest.raises(ModelError, match=says):
+        contributions(plain, tokens, ["a0.h1"], **settings)
+
+
+def test_patterns_that_were_not_recorded_cannot_be_held(plain, tokens):
+    sources = parse_sources(plain.config, ["input"], *tokens.shape)
+    with pytest.raises(ModelError, match="patterns=True"):
+        list(propagate(Totals.of(plain, tokens), sources, [LOGITS], RULE_SETS["held"]))
+
+
+def test_gradients_are_as_they_were_between_stacks(plain, tokens):
+    sources = parse_sources(plain.config, ["a0.h1", "a1.h1"], *tokens.shape)
+    for _ in propagate(Totals.of(plain, tokens), sources, [LOGITS], RULE_SETS["tail"], memory=1):
+        assert torch.is_grad_enabled()
 
 
 def test_a_token_is_its_embedding(plain, tokens):
