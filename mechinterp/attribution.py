@@ -97,21 +97,22 @@ def decompose(
     max_rounds: int = 10,
     bos: bool | None = None,
 ) -> TextAttribution:
-    """Score every token of ``text`` by what it contributes to the answer, and with ``phrases`` merge tokens into phrases.
+    """What every token of ``text`` contributes to the answer, in logits; positive: it speaks for the answer.
 
     ``answer`` and ``foil`` are single tokens with their leading space; None takes the likeliest token and the runner-up
     (the runner-up only if no answer is named). ``baseline``: what is left of a token that is not relevant: the ``"mean"``
     embedding of the vocabulary, at the same position (so a score is due to *which* word stands there), or ``"zero"``,
     which takes the position away as well. ``bos``: None prepends BOS where the model was trained with it.
 
-    ``phrases``: parts of the text, each scored as one source (the first place where it stands). Or True (Singh et al. 2019,
-    algorithm 1): tokens at or above the ``percentile`` of ``|score|`` are the first groups;
-    round by round each group may take in a neighbour, by how much it adds to the group's score, and those at or above the
-    percentile do; until no token is left, or ``max_rounds``. Only rules that do not simply add (not ``"linear"``) tell
-    more than the tokens alone.
+    ``phrases``: parts of the text, each scored as one source (the first place where it stands). Or True, to merge tokens
+    into phrases (Singh et al. 2019, algorithm 1): tokens at or above the ``percentile`` of ``|score|`` are the first groups;
+    round by round each group may take in a neighbour, by how much that changes the group's score, and those at or above
+    the percentile do; until no token is left, or ``max_rounds``. Under rules that simply add (``"linear"``) phrases tell no
+    more than their tokens.
 
     Cost: a propagation a token, half the prompt long on average; with ``phrases`` up to two more for each group and round.
-    Raises ``TaskError`` for a text without tokens and words that are several tokens, ``ModelError`` for unknown rules.
+    ``TaskError`` for a text without tokens, words that are several tokens and phrases that are not in the text;
+    ``ModelError`` for unknown rules.
 
     >>> from mechinterp.models.load import load
     >>> found = decompose(load("builtin"), "Then, Mary and John met at the park. John handed a ring to")
@@ -130,7 +131,7 @@ def decompose(
         rounds = _agglomerate(question, scores, percentile, max_rounds) if phrases else ()
     else:
         spans = sorted({question.find(phrase, text) for phrase in phrases})
-        rounds = (_phrases(question, {span: float(score) for span, score in _scored(question, spans)}),)
+        rounds = (_phrases(question, question.scored(spans)),)
     settings = {"rules": rules_name(rules), "baseline": baseline, **({"percentile": percentile} if phrases is True else {})}
     tokens = tuple(question.tokenizer.strings(question.tokens.tolist()))
     words = question.tokenizer.strings(question.candidates.tolist())
@@ -182,6 +183,10 @@ class _Question:
             found[some] = self._difference(splits[Site("logits")].relevant[:, 0]).cpu().double().numpy()
         return found
 
+    def scored(self, spans: Sequence[Span]) -> dict[Span, float]:
+        """The spans with their scores."""
+        return dict(zip(spans, self.scores(spans).tolist(), strict=True))
+
     def find(self, phrase: str, text: str) -> Span:
         """The tokens that hold any character of a phrase."""
         at = text.find(phrase)
@@ -215,7 +220,7 @@ def _agglomerate(
         raise TaskError(f"percentile={percentile} keeps no token. Give a number from 0 to below 100, such as 80.")
     n, size = len(singles), np.abs(singles)
     taken = size >= np.percentile(size, percentile)
-    groups = {span: float(score) for span, score in _scored(question, _runs(taken))}
+    groups = question.scored(_runs(taken))
     rounds = [_phrases(question, groups)]
     while not taken.all() and len(rounds) < max_rounds:
         wider = [(group, wide) for group in groups for wide in ((group[0] - 1, group[1]), (group[0], group[1] + 1))]
@@ -224,7 +229,7 @@ def _agglomerate(
         joins = gains >= np.percentile(gains, percentile)
         for (_, (start, stop)), join in zip(wider, joins, strict=True):
             taken[start:stop] |= join
-        groups = {span: float(score) for span, score in _scored(question, _runs(taken))}
+        groups = question.scored(_runs(taken))
         rounds.append(_phrases(question, groups))
     return tuple(rounds)
 
@@ -233,10 +238,6 @@ def _runs(taken: np.ndarray) -> list[Span]:
     """Maximal runs of tokens that are in."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], taken.astype(int), [0]])))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def _scored(question: _Question, spans: Sequence[Span]):
-    return zip(spans, question.scores(spans), strict=True)
 
 
 def _phrases(question: _Question, groups: Mapping[Span, float]) -> tuple[Phrase, ...]:

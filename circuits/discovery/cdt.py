@@ -15,7 +15,7 @@ path*, into this reader. What arrives there is by the rules; what it is worth is
 that the number has a sign and a unit (the paper's R(s, t), eq. 16, has neither: ``cdt_search.py``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Unpack
 
 import torch
@@ -125,10 +125,9 @@ class Decomposed:
         by_site |= {Site("z", layer): z for layer, z in enumerate(self.replaced.z)}
         return by_site | {Site("mlp_out", layer): out for layer, out in enumerate(self.replaced.mlp_out)}
 
-    def reach(self, sources: list[Source], targets: list[Site]) -> Iterator[tuple[list[int], int, dict[Site, Split]]]:
+    def reach(self, sources: list[Source], targets: list[Site]) -> Iterator[tuple[list[int], int, Mapping[Site, Split]]]:
         """``propagate`` from this batch's parts."""
-        settings = {"reference": self.reference, "first": self.first}
-        yield from propagate(self.totals, sources, targets, self.rules, **settings)  # type: ignore[misc]
+        return propagate(self.totals, sources, targets, self.rules, reference=self.reference, first=self.first)
 
     def falls(self, logits: Split) -> Float[Tensor, "source prompt"]:
         """By how much the metric falls without the relevant part of the logits."""

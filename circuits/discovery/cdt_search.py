@@ -148,7 +148,7 @@ def cdt_search(
     that many instead. ``positions``: the task's positions at which heads are told apart; None takes heads whole. ``prune_by``:
     None does not prune. ``tolerance``: stop when the metric is as near to the model's as this share of what all heads make
     (model minus none). ``table``: that of an earlier search with the same rules, positions and ablation on the same task,
-    which then is not made again.
+    which then is not made again. The settings in between are those of the table at the top of this module.
 
     Cost: ``relevance_table``, and in pruning one forward for each member and removal. Errors as in ``discover``;
     ``CircuitError`` for settings that take nothing, ``TaskError`` for positions that the task does not name.
@@ -165,11 +165,7 @@ def cdt_search(
     replacement = replacement_for(model, task, ablation)
     if table is None:
         table = relevance_table(model, task, rules=rules, positions=positions, ablation=ablation, progress=progress)
-    elif table.key != table_key(model, task, rules, positions, replacement.name):
-        raise CircuitError(
-            f"this table was made with another model, task, rules, positions or ablation than {rules_name(rules)!r}, "
-            f"positions={positions} and {replacement.name!r} on {task.name!r}. Make it with `relevance_table` for these."
-        )
+    _refuse_foreign(table, table_key(model, task, rules, positions, replacement.name))
     alone = HeadsAlone(model, task, replacement.writes)
     between = table.between(relevance) * (_worth(table, relevance) if weighted else 1.0)
     empty = float(alone.metrics([()])[0])
@@ -208,6 +204,14 @@ def cdt_search(
         empty,
         {name: fact for name, fact in facts.items() if fact is not None},
     )
+
+
+def _refuse_foreign(table: RelevanceTable, key: str) -> None:
+    if table.key != key:
+        raise CircuitError(
+            "this table was made with another model, task, metric, rules, positions or ablation than this search has. Make it "
+            "with `relevance_table` for the same, or leave it out."
+        )
 
 
 def _worth(table: RelevanceTable, relevance: str) -> np.ndarray:

@@ -12,7 +12,7 @@ What the relevant part of the logits then is:
 Which is best: on the built-in model's four tasks, head scores by ``"tail"`` correlate with the total effect of mean
 ablation by .90 to 1.00 (Pearson; Spearman .76 to .95), by ``"frozen"`` .45 to .89 (.44 to .91), and by ``"paper"`` .43 to
 .69 (.39 to .76): those follow what a head writes to the logits *directly* (.67 to .93). On random models of sharp attention
-``"tail"`` keeps .92 where all others, gradients too, fall to .7 and below. It is not best everywhere: on docstring
+``"tail"`` keeps .92 and more where all others, gradients too, fall to .72 and below. It is not best everywhere: on docstring
 ``"held"`` ranks better (Spearman .87 against .76), and where attention is soft edge attribution patching does as well.
 ``benchmarks/results/decomposition.md`` has all of it, from one command.
 """
