@@ -11,6 +11,8 @@ from circuits.discovery import ALGORITHMS as ALGORITHMS
 from circuits.discovery import discover as discover
 from circuits.discovery.cdt_search import cdt_search as cdt_search
 from circuits.discovery.cdt_table import relevance_table as relevance_table
+from circuits.discovery.latents import exact_latents as exact_latents
+from circuits.discovery.latents import sparse_features as sparse_features
 from circuits.discovery.neurons import exact_neurons as exact_neurons
 from circuits.discovery.paths import path_links as path_links
 from circuits.discovery.paths import path_patching as path_patching
@@ -20,6 +22,10 @@ from circuits.evaluation import evaluate as evaluate
 from circuits.fitness import fitness as fitness
 from circuits.graph import Circuit as Circuit
 from circuits.hypotheses import hypothesis_tests as hypothesis_tests
+from circuits.latent_graph import LatentReport as LatentReport
+from circuits.latent_graph import evaluate_latents as evaluate_latents
+from circuits.latent_graph import latent_circuit as latent_circuit
+from circuits.latent_graph import latent_curve as latent_curve
 from circuits.optimal import fit_constants as fit_constants
 from circuits.optimal import optimal_ablation as optimal_ablation
 from circuits.picture import draw as draw

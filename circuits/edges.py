@@ -5,6 +5,8 @@ the MLP of layer 4 wrote is read by a port; these are the edges that are scored,
 ``a9.h6.q -> a9.h6``, only ties a port to its head so that paths run through, and is never counted.
 """
 
+from collections.abc import Sequence
+
 import networkx as nx
 
 from mechinterp.errors import CircuitError
@@ -53,6 +55,17 @@ def counted(n: int, word: str) -> str:
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
+def counted_parts(kinds: Sequence[str]) -> list[str]:
+    """How many heads and MLPs there are, or, in a circuit of latents, how many latents and errors.
+
+    >>> counted_parts(["input", "latent", "latent", "error"])
+    ['2 latents', '1 error']
+    """
+    latents = {"latent": "latent", "error": "error"}
+    words = latents if {*latents} & {*kinds} else {"head": "head", "mlp": "MLP"}
+    return [counted(kinds.count(kind), word) for kind, word in words.items()]
+
+
 def fold_ports(graph: nx.DiGraph) -> nx.DiGraph:
     """Heads, MLPs, input and logits, with at most one edge a pair.
 
@@ -80,4 +93,4 @@ def _reader_order(node: Node) -> tuple[int, int, int, int, int]:
     layer = 1 << 30 if node.layer is None else node.layer
     stage = PORTS.index(node.port) if node.port else len(PORTS)
     pos = -1 if node.pos is None else node.pos
-    return layer, stage, ["head", "latent", "mlp", "input", "logits"].index(node.kind), node.index or 0, pos
+    return layer, stage, ["head", "latent", "error", "mlp", "input", "logits"].index(node.kind), node.index or 0, pos

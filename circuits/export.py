@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import networkx as nx
 
-from circuits.edges import counted, edge_name, is_residual, parse_edge, residual_edges
+from circuits.edges import counted, counted_parts, edge_name, is_residual, parse_edge, residual_edges
 from circuits.picture import PORT_COLOURS, draw
 from mechinterp.errors import CircuitError, nearest
 from mechinterp.files import read_document, to_document, write_beside
@@ -62,7 +62,7 @@ def size_in_words(circuit: nx.DiGraph) -> str:
     kinds = [node.kind for node in {node.with_port(None) for node in circuit.nodes}]
     n_edges, total = sum(is_residual(*edge) for edge in circuit.edges), circuit.graph.get("n_edges_in_model")
     edges = counted(n_edges, "edge") if total is None else f"{n_edges:,} of {counted(total, 'edge')}"
-    return ", ".join([edges, counted(kinds.count("head"), "head"), counted(kinds.count("mlp"), "MLP")])
+    return ", ".join([edges, *counted_parts(kinds)])
 
 
 def with_string_nodes(circuit: nx.DiGraph) -> nx.DiGraph:
@@ -147,7 +147,7 @@ def _read_gexf(path: Path) -> nx.DiGraph:
 def _write_dot(circuit: nx.DiGraph, path: Path) -> None:
     """Graphviz text, ports folded into their head: colour and label say which port reads. The score is ``score``,
     because Graphviz takes ``weight`` for a wish about the layout."""
-    shapes = {"head": "box", "mlp": "hexagon", "latent": "ellipse", "input": "box", "logits": "box"}
+    shapes = {"head": "box", "mlp": "hexagon", "latent": "ellipse", "error": "ellipse", "input": "box", "logits": "box"}
     parts = sorted({node.with_port(None) for node in circuit.nodes})
     lines = ["digraph circuit {", "  rankdir=BT;"]
     lines += [f"  {_quoted(name)}={_quoted(fact)};" for name, fact in circuit.graph.items()]

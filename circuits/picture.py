@@ -11,7 +11,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.edges import Edge, by_magnitude, counted, edge_name
+from circuits.edges import Edge, by_magnitude, counted, counted_parts, edge_name
 from circuits.layout import BOX, SIDE, Layout, arrange, is_bar, port_offset, route
 from mechinterp.errors import CircuitError
 from mechinterp.files import write_beside
@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _INCHES = 0.8  # of a unit of the layout
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 2.0, 0.25, 0.8  # margins, in inches
 _INK = "#222222"
-_FILL = {"head": "#FFFFFF", "mlp": "#F1E6C8", "latent": "#E4E4F4", "input": "#DDDDDD", "logits": "#DDDDDD"}
+_FILL = {"head": "#FFFFFF", "mlp": "#F1E6C8", "latent": "#E4E4F4", "error": "#F7DADA", "input": "#DDDDDD", "logits": "#DDDDDD"}
 _READ_AS: dict[str | None, str] = {
     "q": "read as query (left)",
     "k": "read as key (middle)",
@@ -141,7 +141,7 @@ def _draw_parts(axes: Any, view: _View) -> None:
 
 
 def _shape(node: Node, x: float, y: float, width: float) -> Any:
-    """Heads are rounded boxes, MLPs hexagons, latents ellipses, input and logits bars."""
+    """Heads are rounded boxes, MLPs hexagons, latents and their errors ellipses, input and logits bars."""
     from matplotlib.patches import Ellipse, FancyBboxPatch, Polygon
 
     half, rise = width / 2, BOX[1] / 2
@@ -151,7 +151,7 @@ def _shape(node: Node, x: float, y: float, width: float) -> Any:
         upper = [(x - half, y), (x - half + cut, y + rise), (x + half - cut, y + rise)]
         lower = [(2 * x - across, 2 * y - up) for across, up in upper]  # turned by half a circle
         return Polygon(upper + lower, closed=True, **look)
-    if node.kind == "latent":
+    if node.kind in ("latent", "error"):
         return Ellipse((x, y), width, BOX[1], **look)
     rounding = 0.02 if is_bar(node) else 0.1
     style = f"round,pad=0,rounding_size={rounding}"
@@ -163,7 +163,7 @@ def _draw_title(figure: Any, view: _View, width: float, height: float) -> None:
     named += [view.facts.get("method") and f"by {view.facts['method']}"]
     title = " ".join(str(words) for words in named if words) or "circuit"
     kinds = [node.kind for node in view.layout.places]
-    counts = [counted(len(view.scores), "edge"), counted(kinds.count("head"), "head"), counted(kinds.count("mlp"), "MLP")]
+    counts = [counted(len(view.scores), "edge"), *counted_parts(kinds)]
     if view.n_hidden:
         counts[0] = f"the strongest {len(view.scores):,} of {len(view.scores) + view.n_hidden:,} edges"
     elif total := view.facts.get("n_edges_in_model"):
@@ -194,7 +194,7 @@ def _draw_legend(axes: Any, view: _View) -> None:
     if any(score < 0 for score in scores):
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, label="positive: helps"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label="negative: hurts"))
-    marks = {"head": ("s", "head"), "mlp": ("H", "MLP"), "latent": ("o", "SAE latent")}
+    marks = {"head": ("s", "head"), "mlp": ("H", "MLP"), "latent": ("o", "SAE latent"), "error": ("o", "SAE error")}
     present = {node.kind for node in view.layout.places}
     for kind, (marker, label) in marks.items():
         if kind in present:

@@ -22,7 +22,7 @@ from mechinterp.nodes import Node
 
 _KIND, _VERSION = "mechinterp scores", 2
 
-Items = Literal["edge", "node", "port", "neuron"]
+Items = Literal["edge", "node", "port", "neuron", "latent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,9 @@ class Scores:
     """One finite number an item, in ``unit``. Values are copied, as float64, and cannot be written to.
 
     ``items``: "edge" (in wiring order), "node" (one a writer), "port" (q, k and v of each head, in the wiring's order of
-    readers) or "neuron" (an MLP's hidden units, layer by layer). ``per_prompt`` holds every prompt's own scores, for
-    intervals and stability; ``by_span`` splits the values by named position, and the spans sum to the values.
+    readers), "neuron" (an MLP's hidden units, layer by layer) or "latent" (an autoencoder's latents and its error, layer by
+    layer; ``settings["latents"]`` says how many latents each layer has). ``per_prompt`` holds every prompt's own scores,
+    for intervals and stability; ``by_span`` splits the values by named position, and the spans sum to the values.
     ``settings`` are the keywords of the method and must survive JSON.
 
     Raises ``CircuitError`` for a wrong length and for values that are not finite.
@@ -76,13 +77,17 @@ class Scores:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What ``values`` counts: edges ``m4->a9.h6.q``, writers ``a9.h6``, ports ``a9.h6.q`` or neurons ``m4.n17``."""
+        """What ``values`` counts: edges ``m4->a9.h6.q``, writers ``a9.h6``, ports ``a9.h6.q``, neurons ``m4.n17`` or latents
+        ``f5.1234``, each layer's followed by ``f5.error``."""
         if self.items == "edge":
             return self.wiring.edge_names
         if self.items == "node":
             return tuple(map(str, self.wiring.writers))
         if self.items == "port":
             return tuple(str(reader) for reader in self.wiring.readers if reader.port)
+        if self.items == "latent":
+            sizes = self._latents_a_layer().items()
+            return tuple(f"f{layer}.{latent}" for layer, size in sizes for latent in (*range(size), "error"))
         width = len(self) // self.wiring.n_layers
         return tuple(f"m{layer}.n{neuron}" for layer in range(self.wiring.n_layers) for neuron in range(width))
 
@@ -103,7 +108,8 @@ class Scores:
 
     def strongest(self, n: int = 10, signed: bool = False) -> list[tuple[str, float]]:
         """Names and values of the ``n`` best items (all of them, if there are fewer)."""
-        return [(self.names[item], float(self.values[item])) for item in self.order(signed)[:n]]
+        names = self.names
+        return [(names[item], float(self.values[item])) for item in self.order(signed)[:n]]
 
     def top(self, n: int, *, signed: bool = False) -> Circuit:
         """The circuit of the ``n`` best edges; of node scores, the edges among the ``n`` best heads and MLPs.
@@ -246,8 +252,18 @@ class Scores:
         values.setflags(write=False)
         return values
 
+    def _latents_a_layer(self) -> dict[int, int]:
+        try:
+            return {int(layer): int(size) for layer, size in self.settings["latents"].items()}
+        except (KeyError, AttributeError, TypeError, ValueError):
+            raise CircuitError(
+                'latent scores must say how many latents each layer has, as in settings={"latents": {"5": 1024}}.'
+            ) from None
+
     def _n_items(self, given: int) -> int:
         """How many numbers there must be; a wiring does not know how wide an MLP is, so neurons come in whole layers."""
+        if self.items == "latent":
+            return sum(size + 1 for size in self._latents_a_layer().values())
         layers, heads = self.wiring.n_layers, self.wiring.n_heads
         whole_layers = max(given // layers, 1) * layers
         sizes = {"edge": self.wiring.n_edges, "node": len(self.wiring.writers), "port": 3 * layers * heads}

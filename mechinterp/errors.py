@@ -4,6 +4,7 @@
     ├── UnknownNode, UnknownSite (LookupError)   what was asked, what there is, the nearest name
     ├── TaskError (ValueError)                   prompts that do not align, answers of several tokens
     ├── CircuitError (ValueError)                an edge outside the wiring, more edges than exist, a file that is no circuit
+    ├── SAEError (ValueError)                    an autoencoder that does not fit the site, a file that is none, bad settings
     ├── StoreError (OSError)                     a truncated or foreign shard: named, kept, never read as data
     └── ModelError (RuntimeError)                an architecture or a file that the engine cannot run, and which part of it
 
@@ -32,6 +33,10 @@ class TaskError(MechinterpError, ValueError):
 
 class CircuitError(MechinterpError, ValueError):
     """An edge outside the wiring, more edges than exist, scores that cannot be ranked, a file that is no circuit."""
+
+
+class SAEError(MechinterpError, ValueError):
+    """An autoencoder that does not fit the model or the site, settings that mean nothing, a file that is no autoencoder."""
 
 
 class StoreError(MechinterpError, OSError):

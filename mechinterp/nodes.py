@@ -2,7 +2,8 @@
 
 ``input`` (token and position embedding), ``a9.h6`` (head 6 of layer 9), ``a9.h6.q`` (a port: what the head's query
 reads), ``m4`` (the MLP of layer 4), ``m4.n123`` (its hidden neuron 123), ``logits``; ``a9.h6@14`` is the head at position
-14 and ``f5.1234`` latent 1234 of the sparse autoencoder at layer 5. ``str`` and ``Node.parse`` are inverse.
+14. ``f5.1234`` is latent 1234 of the sparse autoencoder on layer 5's heads, ``f5.error`` what that autoencoder leaves over.
+``str`` and ``Node.parse`` are inverse.
 """
 
 import re
@@ -12,13 +13,13 @@ from typing import Literal
 
 from mechinterp.errors import UnknownNode, nearest
 
-Kind = Literal["input", "head", "latent", "neuron", "mlp", "logits"]
+Kind = Literal["input", "head", "latent", "error", "neuron", "mlp", "logits"]
 Port = Literal["q", "k", "v"]
 PORTS: tuple[Port, ...] = ("q", "k", "v")
 
 _PATTERN = re.compile(
     r"(?P<input>input)|(?P<logits>logits)|a(?P<layer>\d+)\.h(?P<head>\d+)(\.(?P<port>[qkv]))?"
-    r"|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|f(?P<latent_layer>\d+)\.(?P<latent>\d+)"
+    r"|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|f(?P<latent_layer>\d+)\.((?P<latent>\d+)|(?P<error>error))"
 )
 
 
@@ -63,14 +64,18 @@ class Node:
         return cls("latent", layer, latent)
 
     @classmethod
+    def error(cls, layer: int) -> "Node":
+        return cls("error", layer)
+
+    @classmethod
     def parse(cls, text: str) -> "Node":
         """Read a name; ``UnknownNode`` says what a name looks like."""
         name, at, position = text.partition("@")
         found = _PATTERN.fullmatch(name)
         if found is None or (at and not position.isdecimal()):
             raise UnknownNode(
-                f"{text!r} is not the name of a node. Names look like 'input', 'a9.h6', 'a9.h6.q', 'm4', "
-                f"'m4.n123', 'logits', 'f5.1234', each also with a position: 'a9.h6@14'.{nearest(name, ['input', 'logits'])}"
+                f"{text!r} is not the name of a node. Names look like 'input', 'a9.h6', 'a9.h6.q', 'm4', 'm4.n123', 'logits', "
+                f"'f5.1234', 'f5.error', each also with a position: 'a9.h6@14'.{nearest(name, ['input', 'logits'])}"
             )
         return replace(_from_match(found), pos=int(position) if at else None)
 
@@ -90,6 +95,7 @@ class Node:
             "neuron": f"m{self.layer}.n{self.index}",
             "head": f"a{self.layer}.h{self.index}" + (f".{self.port}" if self.port else ""),
             "latent": f"f{self.layer}.{self.index}",
+            "error": f"f{self.layer}.error",
         }[self.kind]
         return stem if self.pos is None else f"{stem}@{self.pos}"
 
@@ -113,9 +119,9 @@ class Node:
 
     @cached_property
     def _order(self) -> tuple:
-        """Layer by layer: ports, then heads, then latents of the attention output, then the MLP's neurons, then the MLP."""
+        """Layer by layer: ports, heads, latents of the attention output, their error, the MLP's neurons, the MLP."""
         layer = {"input": -1, "logits": 1 << 30}.get(self.kind, self.layer)
-        stages = {"input": 0, "head": 0 if self.port else 1, "latent": 2, "neuron": 3, "mlp": 4, "logits": 5}
+        stages = {"input": 0, "head": 0 if self.port else 1, "latent": 2, "error": 3, "neuron": 4, "mlp": 5, "logits": 6}
         port = PORTS.index(self.port) if self.port else 0
         return (layer, stages[self.kind], self.index or 0, port, -1 if self.pos is None else self.pos)
 
@@ -129,6 +135,8 @@ def _from_match(found: re.Match) -> Node:
         return Node.neuron(int(found["mlp"]), int(found["neuron"]))
     if found["mlp"]:
         return Node.mlp(int(found["mlp"]))
+    if found["error"]:
+        return Node.error(int(found["latent_layer"]))
     if found["latent"]:
         return Node.latent(int(found["latent_layer"]), int(found["latent"]))
     return Node.head(int(found["layer"]), int(found["head"]), found["port"])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-FACES = ("mechinterp", "circuits", "mechinterp.tasks", "mechinterp.models", "circuits.discovery")
+FACES = ("mechinterp", "circuits", "mechinterp.tasks", "mechinterp.models", "circuits.discovery", "saes")
 HEAVY = ("torch", "transformer_lens", "transformers", "sae_lens", "matplotlib", "numpy")
 
 
@@ -23,7 +23,9 @@ def test_an_unknown_name_is_an_attribute_error():
         importlib.import_module("circuits").discoverr  # noqa: B018
 
 
-@pytest.mark.parametrize("statement", ["import mechinterp", "import circuits", "import circuits; circuits.Circuit"])
+@pytest.mark.parametrize(
+    "statement", ["import mechinterp", "import circuits", "import saes", "import circuits; circuits.Circuit"]
+)
 def test_importing_loads_nothing_heavy(statement):
     assert heavy_after(statement, HEAVY if ";" not in statement else HEAVY[:4]) == []
 

@@ -11,11 +11,16 @@ from mechinterp.errors import UnknownNode
 from mechinterp.nodes import PORTS, Node
 
 # As a pass computes them: what a head reads, the head, latents of the attention output, the MLP's neurons, the MLP.
-COMPUTED = ["input", "a0.h0.q", "a0.h0.k", "a0.h0.v", "a0.h1.q", "a0.h0", "a0.h1", "f0.3", "f0.12", "m0.n0"]
-COMPUTED += ["m0.n3", "m0.n12", "m0", "a1.h0.v", "a1.h0", "a1.h10", "m1", "a11.h0", "logits"]
+COMPUTED = ["input", "a0.h0.q", "a0.h0.k", "a0.h0.v", "a0.h1.q", "a0.h0", "a0.h1", "f0.3", "f0.12", "f0.error"]
+COMPUTED += ["m0.n0", "m0.n3", "m0.n12", "m0", "a1.h0.v", "a1.h0", "a1.h10", "m1", "a11.h0", "logits"]
+
+NAMES_OF_NOTHING = ["", "a9", "a9.h", "a9.h6.x", "m", "a9.h6@", "a9.h6@x", "A9.H6", " m4", "a-1.h0", "m4.q", "m4.n", "m4.123"]
+NAMES_OF_NOTHING += ["m.n1", "f5", "f5.e", "f.error", "f5.errors"]
 
 
-@pytest.mark.parametrize("name", [*COMPUTED, "a9.h6@14", "a9.h6.q@0", "input@3", "logits@2", "m4@7", "m4.n123@7", "f5.1234@1"])
+@pytest.mark.parametrize(
+    "name", [*COMPUTED, "a9.h6@14", "a9.h6.q@0", "input@3", "logits@2", "m4@7", "m4.n123@7", "f5.1234@1", "f5.error@1"]
+)
 def test_parse_and_str_are_inverse(name):
     node = Node.parse(name)
     assert str(node) == name
@@ -30,6 +35,7 @@ def test_constructors_make_what_parse_reads():
     assert Node.parse("m4@3").at(None) == Node.mlp(4)
     assert Node.neuron(4, 123) == Node.parse("m4.n123")
     assert Node.latent(5, 1234) == Node.parse("f5.1234")
+    assert Node.error(5) == Node.parse("f5.error")
     assert [Node.head(0, 0, port).port for port in PORTS] == ["q", "k", "v"]
 
 
@@ -44,10 +50,7 @@ def test_positions_sort_within_their_node():
     assert [str(node) for node in sorted(map(Node.parse, reversed(names)))] == names
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "a9", "a9.h", "a9.h6.x", "m", "a9.h6@", "a9.h6@x", "A9.H6", " m4", "a-1.h0", "f5", "m4.q", "m4.n", "m4.123", "m.n1"],
-)
+@pytest.mark.parametrize("text", NAMES_OF_NOTHING)
 def test_other_texts_are_refused_with_examples(text):
     with pytest.raises(UnknownNode, match=r"Names look like 'input', 'a9.h6'"):
         Node.parse(text)
@@ -60,6 +63,7 @@ def test_a_near_miss_is_suggested():
 
 def test_equal_nodes_hash_alike_however_they_were_made():
     assert len({Node.parse("a1.h2"), Node.head(1, 2), Node.head(1, 2, "q").with_port(None)}) == 1
+    assert len({Node.parse("f5.error"), Node.error(5), Node.error(5).at(3).at(None), Node.latent(5, 0)}) == 2
 
 
 def test_a_node_from_another_process_is_found_in_a_set_of_this_one():
