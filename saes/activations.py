@@ -5,9 +5,11 @@
     activations = stream(model, corpus, each_head(model.config))             # nothing on disk: run anew when needed
 
 Batches come from windows: prompts in random order, as many as fit in ``window_bytes``, and their rows shuffled. Which rows
-make which batch depends on the seed alone, so that training resumes at any step without reading what came before.
+make which batch depends on the seed and on where windows end, so that training resumes at any step without reading what
+came before. With half as many places twice as many prompts fit: for the same batches, give half the ``window_bytes``.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,7 +50,8 @@ class Activations:
     def windows(self, window_bytes: int = 1 << 29, order: Int[Tensor, "prompt"] | None = None) -> Iterator[Batch]:
         """All rows once, in order (or prompts in this ``order``), ``window_bytes`` at a time."""
         for prompts in self._parts(torch.arange(len(self.counts)) if order is None else order, window_bytes):
-            yield self._checked(self.read(prompts)).transpose(0, 1)
+            if int(self.counts[prompts].sum()):
+                yield self._checked(self.read(prompts)).transpose(0, 1)
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0, window_bytes: int = 1 << 29) -> Iterator[Batch]:
         """Batch number ``start``, ``start + 1``, ... without end: epoch after epoch, each row once an epoch.
@@ -127,12 +130,15 @@ def stream(model: Transformer, corpus: Corpus, places: Iterable[Place | str], *,
     """The same without a disk: the model runs on the prompts of each window when it is needed, in every epoch anew."""
     found = places_named(model.config, places)
     sites = sorted({place.site for place in found}, key=lambda site: site.order)
+    logits_at = (
+        "last" if all(site.layer is not None for site in sites) else "all"
+    )  # what follows the layers is cut as logits are
 
     @torch.no_grad()
     def read(prompts: Int[Tensor, "some"]) -> Float[Tensor, "row group d_in"]:
         parts = []
         for some in prompts.split(batch_size):
-            _, cache = model.run(corpus.tokens[some].to(model.device), record=sites, logits_at="last")
+            _, cache = model.run(corpus.tokens[some].to(model.device), record=sites, logits_at=logits_at)
             parts.append(rows_at(cache, found, corpus.keep[some]))
         return torch.cat(parts).float()
 
@@ -144,13 +150,23 @@ def of_rows(rows: Float[Tensor, "row group d_in"], places: Iterable[Place | str]
     found = tuple(Place.parse(place) if isinstance(place, str) else place for place in places)
     if len(found) != rows.shape[1]:
         raise SAEError(f"{len(found)} places are named for rows of {rows.shape[1]} groups. Name one place a group.")
-    return Activations(found, rows.shape[2], torch.ones(len(rows), dtype=torch.int64), rows.__getitem__, {"rows": len(rows)})
+    if twice := {str(place) for place in found if found.count(place) > 1}:
+        raise SAEError(f"the place {min(twice)!r} is named twice. Name each once.")
+    about = {"rows": len(rows), "fingerprint": _fingerprint(rows)}
+    counts = torch.ones(len(rows), dtype=torch.int64)
+    return Activations(found, rows.shape[2], counts, lambda some: rows[some].float(), about)
 
 
 def _activations(model: Transformer, corpus: Corpus, places: tuple[Place, ...], read: Any) -> Activations:
     about = {"model": model.config.name, "fingerprint": model.weights.fingerprint, "corpus": corpus.name}
     about["corpus_fingerprint"] = corpus.fingerprint
     return Activations(places, places[0].width(model.config), corpus.keep.sum(1), read, about)
+
+
+def _fingerprint(rows: Float[Tensor, "row group d_in"]) -> str:
+    """Changes with any number, so that a training is not taken up on other rows. Takes a second a GB."""
+    data = rows.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _by_group(rows: Float[Tensor, "row group d_in"]) -> Batch:

@@ -6,6 +6,8 @@ then is the one before it removed. Nothing in it is executable.
 """
 
 import json
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -24,15 +26,19 @@ _KIND, _VERSION = "mechinterp sae checkpoint", 1
 
 def write_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Make this the newest checkpoint. ``SAEError``, with the older one left as it was, if it cannot be written."""
+    if directory / f"checkpoint-{step:08d}" in checkpoints(directory):
+        return  # that step's numbers: whoever got here read it, or went on from before it and came to the same
     final, beside = directory / f"checkpoint-{step:08d}", directory / f".checkpoint-{step:08d}.partial"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for abandoned in directory.glob(".checkpoint-*.partial"):  # by a process that was killed while it wrote
+            shutil.rmtree(abandoned, ignore_errors=True)
         beside.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "state.safetensors")
         content = {"step": step, "crc32": _crc32(beside / "state.safetensors"), **facts}
         (beside / "state.json").write_text(to_document(_KIND, _VERSION, content), encoding="utf-8")
+        for path in beside.iterdir():
+            _to_disk(path)
         older = checkpoints(directory)
-        shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(beside, ignore_errors=True)
@@ -49,7 +55,8 @@ def write_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Those there are, oldest first."""
-    return sorted(directory.glob("checkpoint-[0-9]*"))
+    found = {path: re.fullmatch(r"checkpoint-(\d{8,})", path.name) for path in directory.glob("checkpoint-*")}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(path.name[11:]))
 
 
 def read_checkpoint(directory: Path, expected: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
@@ -65,17 +72,17 @@ def read_checkpoint(directory: Path, expected: Mapping[str, Any]) -> tuple[int, 
         document = read_document(path / "state.json", _KIND, _VERSION, SAEError)
         if _crc32(path / "state.safetensors") != document["crc32"]:
             raise SAEError("its tensors are not those that were written")
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, KeyError, SafetensorError, SAEError) as problem:
+        step, tensors = int(document["step"]), load_file(path / "state.safetensors")
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as problem:
         raise SAEError(
             f"the checkpoint {str(path)!r} cannot be used ({problem}). Move it away to go on from "
             f"{found[-2].name if len(found) > 1 else 'the beginning'}."
         ) from None
-    _check_same(path, document, json.loads(json.dumps(expected)))
-    return document["step"], tensors
+    check_same(path, document, json.loads(json.dumps(expected)))
+    return step, tensors
 
 
-def _check_same(path: Path, document: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_same(path: Path, document: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """A checkpoint of other settings or data is not gone on from: the mixture would be neither."""
     for part, wanted in expected.items():
         given = document.get(part)
@@ -93,6 +100,12 @@ def _check_same(path: Path, document: Mapping[str, Any], expected: Mapping[str, 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _to_disk(path: Path) -> None:
+    """Before a name vouches for a file, its bytes must have arrived: power may fail."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _crc32(path: Path) -> int:

@@ -87,7 +87,7 @@ def corpus_of_texts(
     """Packed rows of ``context`` positions (default: 128, or all that the model reads), until ``n_tokens`` are there.
 
     ``texts``: strings, or records with a ``text``. ``bos``: whether BOS begins documents and rows; default: where the
-    tokenizer has one. The last row, if incomplete, is left out. Memory: the tokens, 8 bytes each. Raises ``SAEError`` if not
+    tokenizer has one. The last row, if incomplete, is left out. Memory: the tokens, 16 bytes each. Raises ``SAEError`` if not
     one row comes together, ``TaskError`` for a model without a tokenizer.
     """
     tokenizer, n_ctx = tokenizer_of(model), model.config.n_ctx
@@ -95,12 +95,14 @@ def corpus_of_texts(
     context = min(128, n_ctx) if context is None else context
     if not 2 <= context <= n_ctx:
         raise SAEError(f"context={context}: {model.config.name} reads 2 to {n_ctx} positions.")
+    if n_tokens is not None and n_tokens < 1:
+        raise SAEError(f"n_tokens={n_tokens} must be at least 1, or None for all there are.")
     n_rows = None if n_tokens is None else -(-n_tokens // context)
     made = _rows(tokenizer, texts, context, [] if bos_id is None else [bos_id])
-    rows = list(itertools.islice(tqdm(made, "tokenizing", unit="row", delay=2, disable=None), n_rows))
+    rows = [torch.tensor(row) for row in itertools.islice(tqdm(made, "tokenizing", unit="row", delay=2, disable=None), n_rows)]
     if not rows:
         raise SAEError(f"these texts are shorter than one row of {context} tokens. Give more text, or a smaller context.")
-    tokens = torch.tensor(rows)
+    tokens = torch.stack(rows)
     return Corpus(tokens, torch.ones_like(tokens, dtype=torch.bool) if bos_id is None else tokens != bos_id, name)
 
 
@@ -108,6 +110,8 @@ def corpus_of_tasks(*tasks: Task, corrupted: bool = True) -> Corpus:
     """The prompts of tasks, clean and (unless told not to) corrupted, each up to its end; all of one model."""
     if not tasks:
         raise SAEError("no task is given. Give at least one.")
+    if len(names := {task.tokenizer.name for task in tasks}) > 1:
+        raise SAEError(f"these tasks are of several tokenizers ({', '.join(sorted(names))}). Give those of one model.")
     sides = [(task, side) for task in tasks for side in ("clean", "corrupted")[: 1 + corrupted]]
     width = max(task.prompts.clean.shape[1] for task in tasks)
     tokens, keep = [], []
@@ -131,7 +135,12 @@ def read_texts(path: Path | str) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 yield from (_text(json.loads(line)) for line in lines if line.strip())
         elif path.suffix == ".json":
-            yield from map(_text, json.loads(path.read_text(encoding="utf-8")))
+            documents = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(documents, list):
+                raise SAEError(
+                    f"{str(path)!r} holds a {type(documents).__name__}. Give a list of strings or records with 'text'."
+                )
+            yield from map(_text, documents)
         elif path.suffix == ".txt":
             with path.open(encoding="utf-8") as lines:
                 for blank, block in itertools.groupby(lines, lambda line: not line.strip()):
@@ -148,10 +157,11 @@ def _rows(tokenizer: Tokenizer, texts: Iterable[Any], context: int, front: list[
     ahead: list[int] = []
     for text in texts:
         ahead += [*front, *tokenizer.spans(_text(text))[0]]
-        while len(ahead) >= context:
-            taken = context if ahead[: len(front)] == front else context - len(front)
-            yield [*front, *ahead[:taken]][-context:]
-            del ahead[:taken]
+        at = 0
+        while len(ahead) - at >= (taken := context if ahead[at : at + len(front)] == front else context - len(front)):
+            yield [*front, *ahead[at : at + taken]][-context:]
+            at += taken
+        del ahead[:at]  # once a document: a book has a hundred thousand rows
 
 
 def _text(record: Any) -> str:

@@ -28,6 +28,7 @@ from saes.base import SparseAutoencoder
 from saes.frontier_picture import Line, draw_lines
 from saes.report import SAEReport, evaluate
 from saes.settings import TrainSettings
+from saes.trainer import train as train_ours
 
 Measure = Callable[[SparseAutoencoder], SAEReport]
 Train = Callable[[Activations, TrainSettings], SparseAutoencoder]
@@ -158,13 +159,15 @@ def trace_frontier(
     base: TrainSettings | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     directory: str | os.PathLike | None = None,
+    device: str = "cpu",
     train: Train | None = None,
 ) -> Frontier:
     """Train each architecture at each of its settings with each seed, and measure what comes out.
 
     ``sweep``: for each architecture the values of ``k``, or of ``sparsity`` for those that do not count latents; what else
-    is to be set stands in ``base``. ``measure``: a function such as ``lambda found: evaluate(model, found, tokens)``, or the
-    model and the tokens to evaluate on, which should not be among those trained on.
+    is to be set stands in ``base``. ``device`` is where our own trainer works. ``measure``: a function such as
+    ``lambda found: evaluate(model, found, tokens)``, or the model and the tokens to evaluate on, which should not be among
+    those trained on.
 
     With a ``directory`` each finished run is a file there, and is not done again; what our own trainer makes is kept beside
     it, and half-done training goes on. Runs of other settings or activations found there raise ``SAEError``; of a
@@ -180,7 +183,7 @@ def trace_frontier(
         file = None if directory is None else Path(directory) / f"{name}.json"
         run = {"settings": settings.to_dict(), **facts}
         if file is None or not file.exists():
-            found.append(run | _run(activations, of, settings, train, file))
+            found.append(run | _run(activations, of, settings, train or _ours(file, device), file))
             if file is not None:
                 write_text_atomically(file, to_document(_RUN_KIND, _VERSION, found[-1]))
         else:
@@ -207,16 +210,16 @@ def _runs(
                 yield f"{architecture}-{exact}-seed{seed}", replace(base, architecture=architecture, seed=seed, **changed)
 
 
-def _run(activations: Activations, measure: Measure, settings: TrainSettings, train: Train | None, file: Path | None) -> dict:
+def _ours(file: Path | None, device: str) -> Train:
+    """Our trainer, which keeps what it does in a folder beside the run's file."""
+    folder = None if file is None else file.with_suffix("")
+    return lambda activations, settings: train_ours(activations, settings, directory=folder, device=device, progress=False)
+
+
+def _run(activations: Activations, measure: Measure, settings: TrainSettings, train: Train, file: Path | None) -> dict:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-    if train is None:
-        from saes.trainer import train as ours
-
-        trained = ours(activations, settings, directory=file and file.with_suffix(""), progress=False)
-    else:
-        trained = train(activations, settings)
-    report = measure(trained)
+    report = measure(train(activations, settings))
     setting = float(settings.k if settings.counts else settings.sparsity)
     measured: list[dict[str, Any]] = [{name: row[name] for name in ("place", "l0", *MEASURES)} for row in report.rows()]
     points = [Point(settings.architecture, setting, settings.seed, **row) for row in measured]

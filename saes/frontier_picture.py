@@ -57,6 +57,11 @@ def draw_lines(
 def _draw(axes: Any, lines: Mapping[str, Line], label: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
+    axes.set(xlabel="L0 (latents a position, logarithmic)", ylabel=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not any((np.isfinite(line.middle) & (line.l0 > 0)).any() for line in lines.values()):
+        axes.text(0.5, 0.5, "undefined in every run", transform=axes.transAxes, ha="center", color="#666666")
+        return
     for index, (name, line) in enumerate(lines.items()):
         colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
         low, middle, high = (np.clip(values, _LOWEST, None) for values in (line.low, line.middle, line.high))
@@ -66,8 +71,7 @@ def _draw(axes: Any, lines: Mapping[str, Line], label: str) -> None:
     for at, style in ((0, ":"), (1, "-")):
         if low <= at <= high + 0.1 * (high - low):
             axes.axhline(at, color="#888888", linewidth=0.8, linestyle=style, zorder=0)
-    axes.set(xscale="log", xlabel="L0 (latents a position, logarithmic)", ylabel=label)
+    axes.set(xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    axes.spines[["top", "right"]].set_visible(False)

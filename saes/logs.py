@@ -14,7 +14,7 @@ from mechinterp.files import write_text_atomically
 
 Record = Mapping[str, Any]
 """``step``, ``rows``, ``lr``, ``weight``; and by place ``loss``, ``error``, ``explained`` (share of the batch's variance),
-``l0``, ``dead`` (share of latents idle for ``dead_after`` rows)."""
+``l0``, ``dead`` (share of latents idle for ``idle_rows`` rows)."""
 
 Callback = Callable[[Record], None]
 
@@ -24,8 +24,11 @@ def to_jsonl(path: Path | str) -> Callback:
     path = Path(path)
 
     def write(record: Record) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as problem:
+            raise SAEError(f"{str(path)!r} cannot be written ({problem}). Make room and run the same again.") from problem
 
     return write
 
@@ -40,7 +43,7 @@ def to_wandb(**init: Any) -> Callback:
     return lambda record: run.log(means(record), step=record["step"])
 
 
-def means(record: Record) -> dict[str, float]:
+def means(record: Record) -> dict[str, int | float]:
     """A record with each list replaced by its mean."""
     return {name: sum(value) / len(value) if isinstance(value, list) else value for name, value in record.items()}
 
@@ -48,11 +51,14 @@ def means(record: Record) -> dict[str, float]:
 def read_log(path: Path | str) -> list[Record]:
     """The records of a file that ``to_jsonl`` wrote. A last line that an interruption cut short is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise SAEError(f"{str(path)!r} is no log of a training: {line[:60]!r} has no 'step'. Move it away.")
+        records.append(record)
     return records
 
 

@@ -47,9 +47,9 @@ def relu(p: Parameters, x: Rows, settings: TrainSettings, weight: float) -> Loss
 
 def topk(p: Parameters, x: Rows, settings: TrainSettings, weight: float) -> Loss:
     """The k largest of each row (Gao et al. 2024, arXiv:2406.04093); nothing else is penalised."""
-    values, indices = pre_activations(p, x).topk(settings.k, sorted=False)
-    latents = torch.zeros_like(p["b_enc"]).unsqueeze(1).repeat(1, x.shape[1], 1).scatter(-1, indices, values.relu())
-    return _loss(p, x, latents)
+    pre = pre_activations(p, x)
+    values, indices = pre.topk(settings.k, sorted=False)
+    return _loss(p, x, torch.zeros_like(pre).scatter(-1, indices, values.relu()))
 
 
 def batchtopk(p: Parameters, x: Rows, settings: TrainSettings, weight: float) -> Loss:
@@ -86,13 +86,14 @@ def jumprelu(p: Parameters, x: Rows, settings: TrainSettings, weight: float) -> 
 def gated(p: Parameters, x: Rows, settings: TrainSettings, weight: float) -> Loss:
     """Gates are penalised, magnitudes are not (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 8).
 
-    A second reconstruction, from the gates alone through a frozen decoder, keeps them from closing for good.
+    A second reconstruction, from the gates alone through a frozen decoder, keeps them from closing for good. The norms of
+    free rows are frozen in the penalty as well: magnitudes can make up for shrinking rows (by ``r_mag``), gates cannot.
     """
     shared = torch.bmm(x - p["b_dec"].unsqueeze(1), p["W_enc"])
     gate = shared + p["b_gate"].unsqueeze(1)
     magnitude = (shared * p["r_mag"].exp().unsqueeze(1) + p["b_enc"].unsqueeze(1)).relu()
     opened = gate.relu()
-    sizes = opened if settings.decoder == "unit" else opened * p["W_dec"].norm(dim=-1).unsqueeze(1)
+    sizes = opened if settings.decoder == "unit" else opened * p["W_dec"].detach().norm(dim=-1).unsqueeze(1)
     from_gates = torch.baddbmm(p["b_dec"].detach().unsqueeze(1), opened, p["W_dec"].detach())
     auxiliary = (x - from_gates).square().sum(-1).mean(-1)
     return _loss(p, x, magnitude * (gate > 0), weight * sizes.sum(-1).mean(-1) + auxiliary)

@@ -1,5 +1,6 @@
 """What becomes of latents that never fire: they explain what the others leave, or start anew on inputs explained badly."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -58,27 +59,28 @@ def resample(
     places: tuple[Place, ...],
     settings: TrainSettings,
     step: int,
-) -> None:
-    """Point dead latents at rows of ``x`` drawn by their squared loss, and forget the optimiser's ``moments`` of them.
+) -> Bool[Tensor, "group d_sae"]:
+    """Point dead latents at rows of ``x`` drawn by their squared loss, forget the optimiser's ``moments`` of them; says which.
 
-    As Bricken et al. (2023) do, with the rows of this one batch, where they draw from many.
+    As Bricken et al. (2023) do, with the rows of this one batch, where they draw from many. No row is drawn twice: latents
+    that start alike have equal gradients and stay alike for good. With more dead latents than rows some stay dead.
     """
-    for group in dead.any(1).nonzero().flatten().tolist():
-        which = dead[group].nonzero().flatten()
+    revived = dead & (dead.cumsum(1) <= x.shape[1])
+    for group in revived.any(1).nonzero().flatten().tolist():
+        which = revived[group].nonzero().flatten()
         generator = torch.Generator().manual_seed(seeded(settings.seed, "resample", step, str(places[group])))
-        losses = residual[group].square().sum(-1).square().double().cpu() + 1e-30
-        drawn = torch.multinomial(losses, len(which), replacement=True, generator=generator).to(x.device)
+        losses = residual[group].square().sum(-1).square().cpu().double() + 1e-30
+        drawn = torch.multinomial(losses, len(which), generator=generator).to(x.device)
         towards = x[group][drawn] - p["b_dec"][group]
         towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         alive = p["W_enc"][group][:, ~dead[group]].norm(dim=0)
         size = _SMALLER * (alive.mean() if len(alive) else 1.0)
         p["W_dec"][group][which] = towards
         p["W_enc"][group][:, which] = size * towards.T
-        fresh = {"b_enc": 0.0, "b_gate": 0.0, "r_mag": 0.0}
+        fresh = {"b_enc": 0.0, "b_gate": 0.0, "r_mag": 0.0, "log_threshold": math.log(settings.threshold)}
         for name in fresh.keys() & p.keys():
             p[name][group][which] = fresh[name]
-        if "log_threshold" in p:
-            p["log_threshold"][group][which] = torch.tensor(settings.threshold).log().to(x.device)
         for name, kept in moments.items():
             for moment in kept if name != "b_dec" else ():
                 (moment[group].T if name == "W_enc" else moment[group])[which] = 0.0
+    return revived

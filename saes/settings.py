@@ -11,6 +11,8 @@ from mechinterp.errors import SAEError, nearest
 COUNTING = ("topk", "batchtopk", "matryoshka")  # they fix the number of latents, rather than weigh them
 ARCHITECTURES = ("relu", "gated", "jumprelu", *COUNTING)  # each is a function in saes/objectives.py
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WHOLE = ("d_sae", "n_rows", "batch_size", "k", "seed", "dead_after", "resamplings", "window_bytes")
+_POSITIVE = ("d_sae", "n_rows", "batch_size", "k", "lr", "bandwidth", "threshold", "window_bytes")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class TrainSettings:
     the end. ``clip``: the greatest norm of a group's gradient; None for none. ``precision``: "bfloat16" multiplies in
     bfloat16 and keeps parameters in float32.
 
-    ``revive``: what becomes of latents that have not fired for ``dead_after`` rows: "aux" lets them explain what the others
+    ``revive``: what becomes of latents that have not fired for ``dead_after`` rows (None: 200,000, or a tenth of ``n_rows``
+    where that is less): "aux" lets them explain what the others
     leave (Gao et al. 2024, arXiv:2406.04093, A.2), "resample" gives them inputs that are explained badly, ``resamplings``
     times in the first half (Bricken et al. 2023), "none" nothing. None takes "aux" for architectures that count latents
     and "resample" for the others.
@@ -49,7 +52,7 @@ class TrainSettings:
     decoder: str = "unit"
     scale_inputs: bool = True
     revive: str | None = None
-    dead_after: int = 200_000
+    dead_after: int | None = None
     aux_weight: float = 1 / 32
     resamplings: int = 4
     bandwidth: float = 0.1
@@ -62,20 +65,13 @@ class TrainSettings:
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         object.__setattr__(self, "prefixes", tuple(map(int, self.prefixes)))
         self._check_choices()
-        positive = ("d_sae", "n_rows", "batch_size", "k", "lr", "dead_after", "bandwidth", "threshold", "window_bytes")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise SAEError(f"{name}={getattr(self, name)} must be greater than 0.")
+        self._check_numbers()
         if self.n_rows < self.batch_size:
             raise SAEError(
                 f"n_rows={self.n_rows} is less than one batch of {self.batch_size}. Train on more, or lower batch_size."
             )
         if not (0 <= self.warm_up <= 1 and 0 <= self.decay <= 1 and self.warm_up + self.decay <= 1):
             raise SAEError(f"warm_up={self.warm_up} and decay={self.decay} are shares of all steps, together at most 1.")
-        if self.clip is not None and not self.clip > 0:
-            raise SAEError(f"clip={self.clip} must be greater than 0, or None for no clipping.")
-        if self.sparsity < 0 or self.aux_weight < 0 or self.resamplings < 0:
-            raise SAEError("sparsity, aux_weight and resamplings must not be negative.")
         if self.counts and self.k > self.d_sae:
             raise SAEError(f"k={self.k} of d_sae={self.d_sae} latents cannot be active. Give k <= d_sae.")
         if self.prefixes and (list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1] != self.d_sae):
@@ -91,6 +87,23 @@ class TrainSettings:
         if self.counts and self.decoder == "free":
             raise SAEError(f"{self.architecture!r} compares latents by size, so their rows need norm 1: use decoder='unit'.")
 
+    def _check_numbers(self) -> None:
+        """Counts are whole (2e6 is), and each number on its side of 0; NaN is on neither."""
+        for name in _WHOLE:
+            if (given := getattr(self, name)) is not None:
+                if isinstance(given, bool) or not isinstance(given, int | float) or given != given // 1:
+                    raise SAEError(f"{name}={given!r} must be a whole number.")
+                object.__setattr__(self, name, int(given))
+        for name in (*_POSITIVE, *(name for name in ("dead_after", "clip") if getattr(self, name) is not None)):
+            if not getattr(self, name) > 0:
+                or_none = ", or None" if name in ("dead_after", "clip") else ""
+                raise SAEError(f"{name}={getattr(self, name)} must be greater than 0{or_none}.")
+        for name in ("sparsity", "aux_weight", "resamplings"):
+            if not getattr(self, name) >= 0:
+                raise SAEError(f"{name}={getattr(self, name)} must not be negative.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SAEError(f"betas={self.betas} must be Adam's two, each at least 0 and less than 1.")
+
     @property
     def counts(self) -> bool:
         return self.architecture in COUNTING
@@ -98,6 +111,11 @@ class TrainSettings:
     @property
     def revival(self) -> str:
         return self.revive or ("aux" if self.counts else "resample")
+
+    @property
+    def idle_rows(self) -> int:
+        """After how many rows without it a latent counts as dead."""
+        return self.dead_after or max(1, min(200_000, self.n_rows // 10))
 
     @property
     def n_steps(self) -> int:
@@ -123,4 +141,5 @@ class TrainSettings:
             raise SAEError(
                 f"there is no setting {unknown[0]!r}; there are {', '.join(sorted(known))}.{nearest(unknown[0], known)}"
             )
-        return cls(**given)
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        return cls(**{**given, **tuples})

@@ -1,7 +1,7 @@
 """One training step: gradients a few groups at a time, rows of the decoder kept at norm 1, and Adam over all of it.
 
-Every group has its own gradient norm, its own scale and its own random numbers, so that a head's autoencoder comes out
-the same alone and among all heads of the model.
+Every group has its own gradient norm, its own scale and its own random numbers, so that from the same batches a head's
+autoencoder comes out the same alone and among all heads of the model, but for rounding.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def fill_gradients(
         own, slopes = ({name: tensor[some] for name, tensor in all_of.items()} for all_of in (p, gradients))
         outcome = step(own, slopes, x[some], settings, weight)
         if settings.revival == "aux":
-            add_auxiliary(own, slopes, x[some], outcome.residual, idle[some] >= settings.dead_after, settings.aux_weight)
+            add_auxiliary(own, slopes, x[some], outcome.residual, idle[some] >= settings.idle_rows, settings.aux_weight)
         if settings.decoder == "unit":
             _along_the_sphere(own["W_dec"], slopes["W_dec"])
         if settings.clip is not None:
@@ -74,7 +74,7 @@ def autograd_step(p: Parameters, gradients: Gradients, x: Rows, settings: TrainS
         found = torch.autograd.grad(loss.total.sum(), list(leaves.values()))
     for name, gradient in zip(leaves, found, strict=True):
         gradients[name].copy_(gradient)
-    latents = loss.latents.detach().float()
+    latents = loss.latents.detach()
     lowest = latents.masked_fill(latents <= 0, torch.inf).amin((1, 2))
     parts = (loss.error.detach(), loss.penalty.detach(), (latents > 0).sum(1), loss.residual.detach(), lowest)
     return Outcome(*(part.to(x.dtype) for part in parts))
@@ -99,7 +99,7 @@ def trained(
     Scaling inputs by ``s`` scales pre-activations by ``s`` once the biases are divided by it, so only biases (and
     thresholds) change. A row's norm moves over to its encoder column.
     """
-    norms = p["W_dec"].norm(dim=-1) if settings.decoder == "free" else torch.ones_like(p["b_enc"])
+    norms = p["W_dec"].norm(dim=-1).clamp_min(1e-12) if settings.decoder == "free" else torch.ones_like(p["b_enc"])
     by_latent, back = {"b_enc", "b_gate", "threshold"}, 1 / scale.unsqueeze(-1)
     own: dict[str, Any] = {name: tensor for name, tensor in p.items() if name != "log_threshold"}
     if settings.architecture == "jumprelu":

@@ -7,6 +7,7 @@ All groups are trained in one pass over the activations. Run again with the same
 on from its last checkpoint, to the numbers it would have had; a finished one is read back.
 """
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from mechinterp.errors import SAEError, nearest
 from saes.activations import Activations
 from saes.base import SparseAutoencoder
-from saes.checkpoints import read_checkpoint, write_checkpoint
+from saes.checkpoints import check_same, read_checkpoint, write_checkpoint
 from saes.fast_steps import Outcome
 from saes.files import load, save
 from saes.logs import Callback, cut_log, means, to_jsonl
@@ -30,7 +31,7 @@ from saes.settings import TrainSettings
 from saes.steps import fill_gradients, renormalize, start_parameters, trained
 
 LOG = "training.jsonl"
-_FORGET = 0.01  # of batch top-k's running threshold, a step
+_FORGET = 0.1  # of batch top-k's running threshold, a step: slower, it lags behind short trainings
 
 
 @dataclass
@@ -66,7 +67,7 @@ def train(
 
     With a ``directory``: checkpoints every ``checkpoint_seconds``, a log (``training.jsonl``), and at the end the
     autoencoder in SAELens' format (``autoencoder``). ``log_every`` steps (default: a hundred times in all), ``callbacks`` get
-    a record. Memory: parameters four times (Adam), and a window of activations.
+    a record. Memory: parameters four times (Adam), and about three windows of activations.
 
     Raises ``SAEError`` for settings or activations that cannot be trained on, a loss that is no longer finite, and a
     directory that holds another run.
@@ -83,7 +84,7 @@ def train(
     done = trained(activations.places, state.parameters, settings, state.scale, state.threshold, about).to("cpu")
     if directory is not None:
         _checkpoint(directory, state, facts)
-        save(done, directory / "autoencoder")
+        _save(done, directory / "autoencoder")
     return done
 
 
@@ -103,13 +104,14 @@ def _run(state, activations, settings, told, directory, facts, log_every, checkp
             bar.update()
             if state.step % step_by == 0 or state.step == settings.n_steps:
                 record = _record(state, outcome, x, settings)
-                _check_finite(record, activations)
+                _check_finite(state.step, outcome, activations)
                 bar.set_postfix(
                     {name: f"{value:.3g}" for name, value in means(record).items() if name in ("loss", "l0", "dead")}
                 )
                 for tell in told:
                     tell(record)
             if directory is not None and time.monotonic() - saved > checkpoint_seconds and state.step < settings.n_steps:
+                _check_finite(state.step, outcome, activations)
                 _checkpoint(directory, state, facts)
                 saved = time.monotonic()
 
@@ -124,14 +126,14 @@ def _step(state: _State, optimizer: Any, x: Tensor, settings: TrainSettings, act
     optimizer.step()
     state.idle = torch.where(outcome.fired > 0, 0.0, state.idle + x.shape[1])
     if resamples_at(state.step, settings):
-        dead = state.idle >= settings.dead_after
-        resample(p, state.moments, x, outcome.residual, dead, activations.places, settings, state.step)
-        state.idle.masked_fill_(dead, 0.0)
+        dead = state.idle >= settings.idle_rows
+        revived = resample(p, state.moments, x, outcome.residual, dead, activations.places, settings, state.step)
+        state.idle.masked_fill_(revived, 0.0)
     if settings.decoder == "unit":
         renormalize(p["W_dec"])
     if outcome.lowest is not None:
         lowest = torch.where(outcome.lowest.isfinite(), outcome.lowest, state.threshold)
-        state.threshold = lowest if state.step == 0 else torch.lerp(state.threshold, lowest, _FORGET)
+        state.threshold = torch.lerp(state.threshold, lowest, min(1.0, max(_FORGET, 10 / (state.step + 1))))
     state.step += 1
     return outcome
 
@@ -153,33 +155,50 @@ def _resumed(
     """The state of the last checkpoint, or one that has not begun."""
     if directory is None:
         return _fresh(activations, settings, device)
+    if directory.exists() and not directory.is_dir():
+        raise SAEError(f"{str(directory)!r} is a file; a training needs a folder. Choose another name.")
     directory.mkdir(parents=True, exist_ok=True)
     step, tensors = read_checkpoint(directory, facts) or (0, {})
     cut_log(directory / LOG, step)
     if not tensors:
         return _fresh(activations, settings, device)
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    names = [name for name in moved if f"adam0.{name}" in moved]
+    moved = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}  # not over the file, and aligned
+    names = sorted(name for name in moved if f"adam0.{name}" in moved)
     moments = {name: [moved[f"adam0.{name}"], moved[f"adam1.{name}"]] for name in names}
     parameters = {name: moved[name] for name in names}
     return _State(parameters, moments, moved["idle"], moved["scale"], moved["running_threshold"], step)
 
 
 def _fresh(activations: Activations, settings: TrainSettings, device: torch.device) -> _State:
-    """Scales and means are measured on the first batch's window."""
+    """Scales and means are measured on the first batch."""
     first = next(activations.batches(settings.batch_size, seed=settings.seed, window_bytes=settings.window_bytes))
     norms = torch.linalg.vector_norm(first, dim=-1).mean(-1).clamp_min(1e-12)
     scale = float(activations.d_in) ** 0.5 / norms if settings.scale_inputs else torch.ones_like(norms)
     mean = first.mean(1) * scale.unsqueeze(-1)
-    parameters = {name: t.to(device) for name, t in start_parameters(activations.places, mean, settings).items()}
+    started = start_parameters(activations.places, mean, settings)
+    parameters = {name: started[name].to(device) for name in sorted(started)}  # sums over them must not depend on their order
     moments = {name: [torch.zeros_like(t), torch.zeros_like(t)] for name, t in parameters.items()}
     idle = torch.zeros_like(parameters["b_enc"])
     return _State(parameters, moments, idle, scale.to(device), torch.zeros_like(scale).to(device))
 
 
 def _finished(directory: Path, facts: dict[str, Any]) -> SparseAutoencoder:
-    read_checkpoint(directory, facts)  # refuses what another run has left there
-    return load(directory / "autoencoder")
+    done = load(directory / "autoencoder")
+    if read_checkpoint(directory, facts) is None:  # it would refuse another run; without one, the autoencoder says whose it is
+        given = {"settings": done.about.get("training"), "places": list(map(str, done.places))}
+        given["about"] = {name: value for name, value in done.about.items() if name in facts["about"]}
+        check_same(directory / "autoencoder", given, json.loads(json.dumps(facts)))
+    return done
+
+
+def _save(done: SparseAutoencoder, path: Path) -> None:
+    try:
+        save(done, path)
+    except OSError as problem:
+        raise SAEError(
+            f"the autoencoder cannot be written to {str(path)!r} ({problem}). The last checkpoint is whole; make room and run "
+            "the same again."
+        ) from problem
 
 
 def _checkpoint(directory: Path, state: _State, facts: dict[str, Any]) -> None:
@@ -195,17 +214,18 @@ def _record(state: _State, outcome: Outcome, x: Tensor, settings: TrainSettings)
         "error": outcome.error,
         "explained": 1 - outcome.error / variance.clamp_min(1e-12),
         "l0": outcome.fired.sum(1) / x.shape[1],
-        "dead": (state.idle >= settings.dead_after).float().mean(1),
+        "dead": (state.idle >= settings.idle_rows).float().mean(1),
     }
     about = {"step": state.step, "rows": state.step * settings.batch_size}
     about |= {"lr": settings.learning_rate(step), "weight": settings.weight(step)}
     return about | {name: value.tolist() for name, value in by_place.items()}
 
 
-def _check_finite(record: dict[str, Any], activations: Activations) -> None:
-    for place, loss in zip(activations.places, record["loss"], strict=True):
+def _check_finite(step: int, outcome: Outcome, activations: Activations) -> None:
+    """Before anything is told or kept of it."""
+    for place, loss in zip(activations.places, (outcome.error + outcome.penalty).tolist(), strict=True):
         if not abs(loss) < float("inf"):
-            raise SAEError(f"the loss at {str(place)!r} is {loss} at step {record['step']}. Lower lr, or set clip.")
+            raise SAEError(f"the loss at {str(place)!r} is {loss} at step {step}. Lower lr, or set clip.")
 
 
 def _settings(given: TrainSettings | None, changes: dict[str, Any]) -> TrainSettings:

@@ -9,19 +9,23 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_the_code_runs(code, tmp_path, monkeypatch, capsys):
+LEFT = {"ioi.json": "100 ", "sae.html": "CE rec. (mean)"}  # what each block writes, and part of what it prints
+
+
+@pytest.mark.parametrize(("code", "written"), list(zip(BLOCKS, LEFT, strict=True)))
+def test_the_code_runs(code, written, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert "100 " in capsys.readouterr().out
-    assert [file.name for file in tmp_path.iterdir()] == ["ioi.json"]
+    assert LEFT[written] in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == [written]
 
 
 def test_the_lists_name_every_task_and_method():
     from circuits import ALGORITHMS
     from mechinterp.tasks import TASKS
+    from saes.objectives import OBJECTIVES
 
-    for name in [*TASKS, *ALGORITHMS]:
+    for name in [*TASKS, *ALGORITHMS, *OBJECTIVES]:
         assert f"| `{name}` |" in README
 
 

@@ -9,6 +9,7 @@ from mechinterp.cli.compare import compare
 from mechinterp.cli.decompose import decompose
 from mechinterp.cli.discover import discover
 from mechinterp.cli.lists import methods, models, tasks
+from mechinterp.cli.sae import autoencoders
 from mechinterp.errors import MechinterpError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (discover, compare, decompose, tasks, models, methods):
     app.command()(command)
+app.add_typer(autoencoders)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """What the command line says: plain lines for a terminal, made from the values of the library."""
 
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -22,6 +23,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
         ).rstrip()
         for line in lines
     )
+
+
+def aligned(markdown: str, limit: int = 40, leave_out: Collection[str] = ()) -> str:
+    """Lines, then a Markdown table, for a terminal: of more than ``limit`` rows the first and the last; without some columns.
+
+    >>> print(aligned("two layers\\n\\n| place | L0 |\\n| --- | ---: |\\n| z.0 | 5.8 |\\n| z.1 | 16.3 |"))
+    two layers
+    <BLANKLINE>
+    place    L0
+    z.0     5.8
+    z.1    16.3
+    """
+    lines = markdown.splitlines()
+    whole = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    columns = [column for column, name in enumerate(whole[0]) if name not in leave_out]
+    head, rule, *rows = [[line[column] for column in columns] for line in whole]
+    if len(rows) > limit:
+        rows = [*rows[: limit - 1], [f"... {len(rows) - limit} more", *[""] * (len(head) - 1)], rows[-1]]
+    right = [column for column, dashes in enumerate(rule) if dashes.endswith(":")]
+    above = [textwrap.fill(line, 120, break_on_hyphens=False) for line in lines[: -len(whole)]]
+    return "\n".join([*above, table(head, rows, right)])
 
 
 def numbers(values: Sequence[float], sign: str = "") -> list[str]:
