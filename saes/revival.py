@@ -26,7 +26,8 @@ def add_auxiliary(
 ) -> None:
     """Adds to ``gradients`` those of ``weight * |residual - its reconstruction by dead latents|^2``, mean over rows.
 
-    The ``d_in / 2`` largest dead latents of a row take part (Gao et al. 2024, arXiv:2406.04093, A.2). The residual is held.
+    The ``d_in / 2`` largest dead latents of a row take part (Gao et al. 2024, arXiv:2406.04093, A.2). The
+    residual is held, and so is ``b_dec``, which the main loss has placed.
     """
     for group in dead.any(1).nonzero().flatten().tolist():
         which = dead[group].nonzero().flatten()

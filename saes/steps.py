@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saes.base import SparseAutoencoder
-from saes.fast_steps import FAST_STEPS, HIDDEN_BYTES, Gradients, Outcome
+from saes.fast_steps import FAST_STEPS, Gradients, Outcome
 from saes.objectives import OBJECTIVES, Parameters
 from saes.places import Place
 from saes.revival import add_auxiliary
 from saes.settings import PRECISIONS, TrainSettings
+from saes.sparse import HIDDEN_BYTES
 
 Rows = Float[Tensor, "group row d_in"]
 _ON_AN_ACCELERATOR = 1 << 30  # bytes of hidden layer at once: caches are of no use to it, and many small products are slow

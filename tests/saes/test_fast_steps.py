@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import saes.fast_steps
+import saes.sparse
 import saes.steps
 from saes.fast_steps import FAST_STEPS, Outcome
 from saes.settings import TrainSettings
@@ -49,9 +50,9 @@ KINDS = ("ordinary", "some rows are zero", "few latents are positive", "nothing 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 3, 12])
 @pytest.mark.parametrize("architecture", FAST_STEPS)
-@pytest.mark.parametrize("hidden_bytes", [saes.fast_steps.HIDDEN_BYTES, 1])
+@pytest.mark.parametrize("hidden_bytes", [saes.sparse.HIDDEN_BYTES, 1])
 def test_by_hand_equals_autograd(monkeypatch, architecture, kind, k, hidden_bytes):
-    monkeypatch.setattr(saes.fast_steps, "HIDDEN_BYTES", hidden_bytes)  # 64 rows at a time, the last 22
+    monkeypatch.setattr(saes.sparse, "HIDDEN_BYTES", hidden_bytes)  # 64 rows at a time, the last 22
     (by_hand, gradients), (by_autograd, expected) = both(architecture, kind, k)
     assert_close(gradients, expected, atol=1e-12, rtol=1e-12)
     for name in ("error", "penalty", "fired", "residual"):
@@ -65,6 +66,24 @@ def test_by_hand_equals_autograd(monkeypatch, architecture, kind, k, hidden_byte
         assert bool((gradients["W_dec"] == 0).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("few", [-1.0, 1.0])
+def test_relu_is_the_same_by_dense_and_by_sparse_products(monkeypatch, kind, few):
+    monkeypatch.setattr(saes.fast_steps, "_FEW", few)
+    (by_hand, gradients), (by_autograd, expected) = both("relu", kind, 1)
+    assert_close(gradients, expected, atol=1e-12, rtol=1e-12)
+    for name in ("error", "penalty", "fired", "residual"):
+        assert_close(getattr(by_hand, name), getattr(by_autograd, name), atol=1e-12, rtol=1e-12)
+
+
+def test_the_largest_are_found_among_equals_and_in_long_rows():
+    pre = torch.randint(5, (2, 7, 40), generator=torch.Generator().manual_seed(0)).double()
+    for rows in (pre, torch.rand_like(pre), torch.rand(1, 3, saes.sparse._SHORT + 1)):
+        values, places = saes.sparse._largest(rows, 6)
+        assert torch.equal(values, rows.gather(-1, places))
+        assert torch.equal(values.sort(-1).values, rows.topk(6).values.sort(-1).values)
+
+
 @pytest.mark.parametrize("architecture", [*FAST_STEPS, "matryoshka", "jumprelu", "gated"])
 def test_chunks_of_groups_are_the_groups(monkeypatch, architecture):
     p, x = batch("ordinary")
@@ -75,7 +94,7 @@ def test_chunks_of_groups_are_the_groups(monkeypatch, architecture):
     found = []
     for hidden_bytes in (1 << 30, 2 * 150 * 12 * 8, 1):  # all five at once, two at a time, one at a time
         monkeypatch.setattr(saes.steps, "HIDDEN_BYTES", hidden_bytes)
-        monkeypatch.setattr(saes.fast_steps, "HIDDEN_BYTES", hidden_bytes)
+        monkeypatch.setattr(saes.sparse, "HIDDEN_BYTES", hidden_bytes)
         gradients = {name: torch.full_like(tensor, torch.nan) for name, tensor in p.items()}
         with torch.no_grad():
             outcome = fill_gradients(p, gradients, x, settings, 0.3, idle)
