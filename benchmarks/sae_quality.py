@@ -5,8 +5,8 @@
 
 Writes results/sae-<model>.md and .json. Trained and measured on different prompts; BOS and padding are left out of both. CE
 recovered is ``1 - (CE_spliced - CE_clean) / (CE_ablated - CE_clean)`` with its 95 % interval over prompts, each place spliced
-in alone; "-" where ablating it does not raise cross-entropy beyond its own noise: there KL tells. Dead: never active on
-the measured positions.
+in alone; "-" where ablating it does not raise cross-entropy beyond its own noise: there KL tells. Dead: not active on any of
+the last tenth of the rows trained on. Silent: not active on any of the measured positions, which are fewer.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from mechinterp import load
 from mechinterp.sites import Site
 from mechinterp.tasks import TASKS
 from saes import Corpus, Place, TrainSettings, corpus_of_tasks, corpus_of_texts, evaluate, of_rows, read_texts, train
+from saes.logs import means
 from saes.positions import KeptRows
 
 FRESH = 1_000_003
@@ -56,12 +57,15 @@ def main() -> None:
         for architecture, facts in architectures.items():
             settings = TrainSettings(architecture, d_sae=d_sae, n_rows=given.rows, lr=3e-3, warm_up=0.1, **facts)
             began = time.process_time()
-            autoencoder = train(activations, settings, progress=False)
+            log: list[Any] = []
+            autoencoder = train(activations, settings, callbacks=[log.append], progress=False)
             seconds = time.process_time() - began
             report = evaluate(model, autoencoder, measured.tokens, keep=measured.keep, with_cosines=False)
             reports[f"{label}, {architecture}"] = {
                 "settings": settings.to_dict(),
                 "cpu_seconds": round(seconds, 1),
+                "idle_rows": settings.idle_rows,
+                "dead": [*log[-1]["dead"], means(log[-1])["dead"]],
                 "about": str(report).splitlines()[0],
                 "rows": [{name: value if value == value else None for name, value in row.items()} for row in report.rows()],
             }
@@ -83,13 +87,13 @@ def builtin() -> tuple[Any, Corpus, Corpus]:
 
 
 def stories(directory: Path, text: str) -> tuple[Any, Corpus, Corpus]:
-    """A directory's model on text: nine documents in ten to train on, the rest (25,600 tokens of it) to measure on."""
+    """A directory's model on text: nine documents in ten to train on, the rest (15,360 tokens of it) to measure on."""
     model, texts = HuggingFace(directory), list(read_texts(text))
     cut = len(texts) * 9 // 10
     training, measured = (
         corpus_of_texts(model, some, context=256, name=Path(text).stem) for some in (texts[:cut], texts[cut:])
     )
-    return model, training, measured[:100]
+    return model, training, measured[:60]
 
 
 def subjects(model: Any, d_sae: int) -> Iterator[tuple[str, tuple[Place, ...], int, dict[str, dict]]]:
@@ -102,18 +106,27 @@ def _text(name: str, training: Corpus, reports: dict[str, dict[str, Any]]) -> st
     about = f"Written by `python -m benchmarks.sae_quality` on {datetime.now(UTC):%Y-%m-%d}.\n\n"
     about += (__doc__ or "").partition(".json. ")[2].strip()
     parts = [f"# Autoencoders on the attention outputs of {name}", about]
-    columns = ("place", "L0", "dead", "variance explained", "CE recovered (mean)", "CE recovered (zero)", "KL recovered (mean)")
+    columns = (
+        "place",
+        "L0",
+        "dead",
+        "silent",
+        "variance explained",
+        "CE recovered (mean)",
+        "CE recovered (zero)",
+        "KL recovered (mean)",
+    )
     for label, found in reports.items():
         settings = found["settings"]
         told = f"{settings['n_rows']:,} rows of {training.n_kept:,}, {found['cpu_seconds']:.0f} CPU seconds for all places"
         lines = [f"## {label}", "", f"{found['about']} Trained on {told}.", "", f"| {' | '.join(columns)} |"]
         lines.append("| --- |" + " ---: |" * (len(columns) - 1))
-        for row in found["rows"]:
+        for row, dead in zip(found["rows"], found["dead"], strict=True):
             shares = [
                 _share(row, f"{kind}_recovered_{baseline}")
                 for kind, baseline in (("ce", "mean"), ("ce", "zero"), ("kl", "mean"))
             ]
-            cells = [f"{row['l0']:.1f}", f"{row['dead_share']:.1%}", f"{row['explained_variance']:.3f}", *shares]
+            cells = [f"{row['l0']:.1f}", f"{dead:.1%}", f"{row['dead_share']:.1%}", f"{row['explained_variance']:.3f}", *shares]
             lines.append(f"| {row['place']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
