@@ -25,7 +25,7 @@ from mechinterp.store import ActivationStore
 from saes.base import seeded
 from saes.corpus import Corpus
 from saes.places import Place, places_named
-from saes.positions import rows_at
+from saes.positions import KeptRows, rows_at
 
 Batch = Float[Tensor, "group row d_in"]
 
@@ -127,26 +127,22 @@ def harvest(
 
 
 def stream(model: Transformer, corpus: Corpus, places: Iterable[Place | str], *, batch_size: int = 32) -> Activations:
-    """The same without a disk: the model runs on the prompts of each window when it is needed, in every epoch anew."""
-    found = places_named(model.config, places)
-    sites = sorted({place.site for place in found}, key=lambda site: site.order)
-    logits_at = (
-        "last" if all(site.layer is not None for site in sites) else "all"
-    )  # what follows the layers is cut as logits are
+    """The same without a disk: the model runs on the prompts of each window when it is needed, in every epoch anew.
 
-    @torch.no_grad()
+    Costs a forward pass of the corpus an epoch, ``batch_size`` prompts at a time. Raises ``SAEError`` for places that the
+    model lacks.
+    """
+    found = places_named(model.config, places)
+
     def read(prompts: Int[Tensor, "some"]) -> Float[Tensor, "row group d_in"]:
-        parts = []
-        for some in prompts.split(batch_size):
-            _, cache = model.run(corpus.tokens[some].to(model.device), record=sites, logits_at=logits_at)
-            parts.append(rows_at(cache, found, corpus.keep[some]))
-        return torch.cat(parts).float()
+        kept = KeptRows(model, found, corpus.tokens[prompts], corpus.keep[prompts], batch_size)
+        return torch.cat([rows.transpose(0, 1) for rows in kept]).float()
 
     return _activations(model, corpus, found, read)
 
 
 def of_rows(rows: Float[Tensor, "row group d_in"], places: Iterable[Place | str]) -> Activations:
-    """Activations that are at hand already, one row for each position."""
+    """Activations that are at hand already, one row for each position. ``SAEError`` unless each group has its own place."""
     found = tuple(Place.parse(place) if isinstance(place, str) else place for place in places)
     if len(found) != rows.shape[1]:
         raise SAEError(f"{len(found)} places are named for rows of {rows.shape[1]} groups. Name one place a group.")

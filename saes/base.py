@@ -6,6 +6,7 @@ active: one function in ``KINDS``. How each is trained is told in ``objectives.p
 autoencoders are jump-ReLUs once they are trained.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -268,8 +269,6 @@ def _directions(d_in: int, d_sae: int, seed: int, place: Place) -> Float[Tensor,
 
 def seeded(seed: int, *names: "str | int") -> int:
     """A seed of one's own for each name, the same in every process."""
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
 
 
