@@ -1,5 +1,6 @@
 from circuits.ablation import ABLATIONS as ABLATIONS
 from circuits.agreement import ranking as ranking
+from circuits.code_meanings import explain_codes as explain_codes
 from circuits.comparing import compare as compare
 from circuits.comparison import Comparison as Comparison
 from circuits.comparison_picture import draw_comparison as draw_comparison
@@ -26,6 +27,7 @@ from circuits.latent_graph import LatentReport as LatentReport
 from circuits.latent_graph import evaluate_latents as evaluate_latents
 from circuits.latent_graph import latent_circuit as latent_circuit
 from circuits.latent_graph import latent_curve as latent_curve
+from circuits.meanings import CodeMeanings as CodeMeanings
 from circuits.optimal import fit_constants as fit_constants
 from circuits.optimal import optimal_ablation as optimal_ablation
 from circuits.picture import draw as draw

@@ -104,8 +104,7 @@ class Cuts:
     ) -> "Cuts":
         """MIB's ``int(share * n)`` items, but at least one. ``CircuitError`` for foreign scores and sizes that are none."""
         _check(scores, Wiring.of(model.config), sizes)
-        n_items = len(scores) - (scores.items == "node")  # the input is always kept
-        counts = tuple(max(1, int(share * n_items)) for share in sizes)
+        counts = tuple(max(1, int(share * scores.n_selectable)) for share in sizes)
         return cls(scores, tuple(sizes), signed, counts, scores.masks(counts, signed=signed, greedy=greedy))
 
     def curve(self, gained: Float[np.ndarray, "size prompt"], whole: Float[np.ndarray, "prompt"], seed: int) -> Curve:

@@ -37,8 +37,8 @@ def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edge
     """A matplotlib ``Figure`` of a circuit, also written to ``path`` (``.png``, ``.svg``, ``.pdf``) if there is one.
 
     Only the ``max_edges`` strongest edges are drawn, and the title says so. Scores are optional: without them all edges
-    look alike. In SVG files every edge and part has its name as ``id``. The figure belongs to no window and needs no
-    closing. About a second for 200 edges. ``CircuitError`` for another suffix.
+    look alike, and too many are thinned out evenly. In SVG files every edge and part has its name as ``id``. The figure
+    belongs to no window and needs no closing. About a second for 200 edges. ``CircuitError`` for another suffix.
     """
     from matplotlib.figure import Figure
 
@@ -75,7 +75,9 @@ class _View:
     @classmethod
     def of(cls, circuit: nx.DiGraph, max_edges: int) -> "_View":
         ranked = by_magnitude(circuit)
-        scores = {edge: circuit.edges[edge].get("weight") for edge in reversed(ranked[:max_edges])}
+        is_scored = any("weight" in circuit.edges[edge] for edge in ranked)
+        shown = ranked[:max_edges] if is_scored else _spread(ranked, max_edges)
+        scores = {edge: circuit.edges[edge].get("weight") for edge in reversed(shown)}
         largest = max((abs(score) for score in scores.values() if score is not None), default=0.0)
         parts = {node.with_port(None) for edge in (scores or {(node,) for node in circuit.nodes}) for node in edge}
         parts |= {bar for bar in (Node.input(), Node.logits()) if bar.kind not in {node.kind for node in parts}}
@@ -86,6 +88,11 @@ class _View:
         """``|score|`` as a fraction of the largest; half for an edge without a score."""
         score = self.scores[edge]
         return 0.5 if score is None or self.largest is None else abs(score) / self.largest
+
+
+def _spread(edges: list[Edge], n: int) -> list[Edge]:
+    """At most ``n`` of them, at even steps."""
+    return edges if len(edges) <= n else [edges[at * len(edges) // n] for at in range(n)]
 
 
 def line_width(share: float) -> float:
@@ -165,7 +172,8 @@ def _draw_title(figure: Any, view: _View, width: float, height: float) -> None:
     kinds = [node.kind for node in view.layout.places]
     counts = [counted(len(view.scores), "edge"), *counted_parts(kinds)]
     if view.n_hidden:
-        counts[0] = f"the strongest {len(view.scores):,} of {len(view.scores) + view.n_hidden:,} edges"
+        some = f"{len(view.scores):,} of {len(view.scores) + view.n_hidden:,} edges"
+        counts[0] = f"the strongest {some}" if view.largest else f"{some}, evenly chosen as none is scored"
     elif total := view.facts.get("n_edges_in_model"):
         counts[0] = f"{len(view.scores):,} of {total:,} edges"
     if "faithfulness" in view.facts:

@@ -6,7 +6,7 @@ the largest magnitudes, unless asked for the largest values (``signed=True``).
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from circuits import selection
 from circuits.graph import Circuit
 from circuits.wiring import Wiring
-from mechinterp.errors import CircuitError
+from mechinterp.errors import CircuitError, UnknownNode, nearest
 from mechinterp.files import array_from_text, array_to_text, read_document, to_document, write_text_atomically
 from mechinterp.nodes import Node
 
@@ -33,7 +33,8 @@ class Scores:
     readers), "neuron" (an MLP's hidden units, layer by layer) or "latent" (an autoencoder's latents and its error, layer by
     layer; ``settings["latents"]`` says how many latents each layer has). ``per_prompt`` holds every prompt's own scores,
     for intervals and stability; ``by_span`` splits the values by named position, and the spans sum to the values.
-    ``settings`` are the keywords of the method and must survive JSON.
+    ``settings`` are the keywords of the method and must survive JSON. ``settings["judged"] = ["head"]`` says that a
+    method scores heads alone: what it did not judge it cannot cut, so circuits keep all MLPs as they keep the input.
 
     Raises ``CircuitError`` for a wrong length and for values that are not finite.
 
@@ -112,7 +113,8 @@ class Scores:
         return [(names[item], float(self.values[item])) for item in self.order(signed)[:n]]
 
     def top(self, n: int, *, signed: bool = False) -> Circuit:
-        """The circuit of the ``n`` best edges; of node scores, the edges among the ``n`` best heads and MLPs.
+        """The circuit of the ``n`` best edges; of node scores, the edges among the ``n`` best heads and MLPs (and what was
+        not judged).
 
         Ties at the cut are broken by wiring order; ``circuit.graph["ties_at_cut"]`` counts the items left out that
         score exactly as the last one kept. ``CircuitError`` unless 1 <= n <= the number of edges (of heads and MLPs).
@@ -121,6 +123,20 @@ class Scores:
         key = np.sort(self._selectable(signed))[::-1]
         ties = int((key[n:] == key[n - 1]).sum())
         return self._circuit(mask, signed, ties_at_cut=ties)
+
+    def among(self, parts: Iterable[Node | str]) -> Circuit:
+        """The circuit of the edges among these heads and MLPs, and all that was not judged: a method's own choice of parts.
+
+        ``CircuitError`` for edge scores, ``UnknownNode`` for what is no head or MLP that was judged.
+        """
+        self._check_items("node")
+        open_to_choice = {str(self.wiring.writers[w]): w for w in np.flatnonzero(self._judged)}
+        kept = ~self._judged
+        for name in map(str, parts):
+            if name not in open_to_choice:
+                raise UnknownNode(f"{name!r} is not among the parts that were scored.{nearest(name, open_to_choice)}")
+            kept[open_to_choice[name]] = True
+        return self._circuit(selection.among(self.wiring, kept), signed=False, selection="named")
 
     def greedy(self, n: int, *, signed: bool = False) -> Circuit:
         """The circuit of ``n`` edges taken from the logits upstream: each time the best edge whose reader is in.
@@ -154,7 +170,8 @@ class Scores:
         key = self._selectable(signed)
         self._check_counts(counts, len(key))
         if self.items == "node":
-            kept = [np.append(False, selection.strongest(key, n)) for n in counts]
+            kept = np.repeat(~self._judged[None], len(counts), 0)
+            kept[:, self._judged] = [selection.strongest(key, n) for n in counts]
             return np.stack([selection.among(self.wiring, nodes) for nodes in kept])
         choose = selection.greedy if greedy else lambda _, key, n: selection.strongest(key, n)
         return np.stack([choose(self.wiring, key, n) for n in counts])
@@ -221,10 +238,21 @@ class Scores:
         weights = self.values if self.items == "edge" else None
         return self.wiring.circuit(mask, weights, **made, signed=signed, **facts)
 
+    @property
+    def n_selectable(self) -> int:
+        """How many items circuits choose among: all edges, or the heads and MLPs that were judged."""
+        return int(self._judged.sum()) if self.items == "node" else len(self)
+
+    @property
+    def _judged(self) -> Bool[np.ndarray, "writer"]:
+        """Of node scores, which writers can be cut: not the input, nor MLPs where only heads were judged."""
+        kinds = self.settings.get("judged", ["head", "mlp"])
+        return np.array([writer.kind != "input" and writer.kind in kinds for writer in self.wiring.writers])
+
     def _selectable(self, signed: bool) -> Float[np.ndarray, "item"]:
-        """The keys of what ``top`` chooses among: all edges, or all writers but the input."""
+        """The keys of what ``top`` chooses among."""
         key = self._key(signed)
-        return key[1:] if self.items == "node" else key
+        return key[self._judged] if self.items == "node" else key
 
     def _check_items(self, *allowed: str) -> None:
         if self.items not in allowed:

@@ -125,6 +125,15 @@ def average_precision(scores: Float[np.ndarray, "item"], truth: Bool[np.ndarray,
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
+def rank_correlation(one: Float[np.ndarray, "item"], other: Float[np.ndarray, "item"]) -> float | None:
+    """Spearman's, ties at their average rank; None where one side has no order."""
+    ranks = []
+    for values in (one, other):
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[which])
+    return None if min(map(np.ptp, ranks)) == 0 else round(float(np.corrcoef(*ranks)[0, 1]), 4)
+
+
 def _both(truth: np.ndarray) -> tuple[int, int]:
     positives = int(truth.sum())
     if not 0 < positives < len(truth):

@@ -9,8 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAND_ON_SAES = {  # of circuits: the methods that read latents, and what is built of these
+    "circuits.code_meanings",
+    "circuits.discovery.code_scores",
+    "circuits.coding",
+    "circuits.discovery.code_edges",
     "circuits.discovery.codes",
     "circuits.discovery.latents",
+    "circuits.discovery.paper_codes",
+    "circuits.discovery.probes",
     "circuits.latent_graph",
     "circuits.latent_layers",
 }

@@ -8,6 +8,8 @@ from typing import Any
 from circuits.discovery.acdc import acdc
 from circuits.discovery.attribution import atp_star, attribution
 from circuits.discovery.cdt import cdt, cdt_edges
+from circuits.discovery.code_edges import codes_edges
+from circuits.discovery.codes import codes
 from circuits.discovery.eap import clean_corrupted, eap, eap_ig
 from circuits.discovery.exact import exact
 from circuits.discovery.flow import information_flow
@@ -15,7 +17,9 @@ from circuits.discovery.hybrid import hybrid
 from circuits.discovery.masks import edge_pruning, mask_ig, ugs
 from circuits.discovery.neurons import neurons
 from circuits.discovery.nodes import patching
+from circuits.discovery.paper_codes import paper_codes
 from circuits.discovery.paths import path_patching
+from circuits.discovery.probes import probe
 from circuits.discovery.relp import relp
 from circuits.discovery.subnetwork import subnetwork_probing
 from circuits.discovery.walk import WalkSettings
@@ -54,7 +58,17 @@ ALGORITHMS: dict[str, Discovery] = {
     "subnetwork-probing": subnetwork_probing,
     # the MLPs' hidden units
     "neurons": neurons,
+    # watched and not changed: what parts know, by discrete codes of a few examples or by a probe
+    "codes": codes,
+    "codes-change": partial(codes, score="change"),
+    "codes-answer": partial(codes, score="answer"),
+    "codes-paper": paper_codes,
+    "codes-edges": codes_edges,
+    "probe": probe,
 }
+
+# What a part knows it need not use: these say nothing of what cutting it does.
+WATCHING = frozenset({"codes", "codes-change", "codes-answer", "codes-paper", "codes-edges", "probe"})
 
 # A share of a reader compares only with others of that reader, so edges are taken from the logits upstream.
 CUT_GREEDILY = frozenset({"information-flow"})

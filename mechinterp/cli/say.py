@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechinterp.cli import watched
 from mechinterp.cli.words import answer_in_words, dropped_in_words, model_in_words, numbers, shortened, table
 
 N_SHOWN = 12  # components in the table
@@ -38,7 +39,9 @@ def circuit_found(circuit: Any, scores: Any, roles: Mapping[Any, Sequence[Any]])
     """The strongest parts: what flows out of each along the kept edges, and where heads look."""
     joined = f"join {len(circuit.heads)} heads and {len(circuit.mlps)} MLPs."
     if scores.items == "node":
-        print(f"\nAmong the best parts, {circuit.n_edges_kept:,} edges {joined}")
+        chosen = "parts that stand out" if circuit.graph.get("selection") == "named" else "best parts"
+        beside = ", and all MLPs, which were not scored" if "judged" in scores.settings else ""
+        print(f"\nAmong the {chosen}{beside}, {circuit.n_edges_kept:,} edges {joined}")
         return
     folded = circuit.components()
     effect = {node: folded.out_degree(node, weight="strength") for node in folded if node.kind in ("head", "mlp")}
@@ -53,13 +56,18 @@ def circuit_found(circuit: Any, scores: Any, roles: Mapping[Any, Sequence[Any]])
     if len(strongest) > len(shown):
         print(f"... and {len(strongest) - len(shown)} more, in the circuit's file")
     print(f"effect: sum of |score| over kept edges out, in {scores.unit}; in, out: how many parts it reads from and feeds")
+    if watched.is_watched(scores):
+        watched.what_was_counted(scores)
 
 
 def parts_ranked(scores: Any, roles: Mapping[Any, Sequence[Any]]) -> None:
     """The best heads and MLPs, ports or neurons."""
+    looks = {str(node): _looks(gazes) for node, gazes in roles.items()}
+    if watched.is_watched(scores):
+        watched.parts_ranked(scores, looks, N_SHOWN)
+        return
     best = scores.order()[:N_SHOWN]
     names, values = [scores.names[item] for item in best], numbers(scores.values[best].tolist(), sign="+")
-    looks = {str(node): _looks(gazes) for node, gazes in roles.items()}
     rows = [(name, value, looks.get(name, "")) for name, value in zip(names, values, strict=True)]
     print("\n" + table(("part", "score", "attention on clean prompts" if roles else ""), rows, right=(1,)))
     print(f"score: how much {scores.unit} falls if the part is cut")

@@ -68,6 +68,15 @@ def test_a_large_circuit_is_cut_to_its_strongest_edges_and_says_so(circuit):
     assert min(abs(circuit.edges[edge]["weight"]) for edge in shown) == weights[9]
 
 
+def test_too_many_edges_without_scores_are_thinned_out_evenly(circuit):
+    for edge in circuit.edges_kept:
+        del circuit.edges[edge]["weight"]
+    figure = draw(circuit, max_edges=10)
+    assert any("10 of 40 edges, evenly chosen" in text for text in texts(figure))
+    shown = [name in curves(figure) for name in ("->".join(map(str, edge)) for edge in circuit.edges_kept)]
+    assert [at for at, is_shown in enumerate(shown) if is_shown] == list(range(0, 40, 4))
+
+
 def test_circuits_without_scores_or_edges_or_with_positions_can_be_drawn():
     named = Circuit()
     named.keep("input@2", "a0.h1.v@2")

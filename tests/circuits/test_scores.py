@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from circuits import Scores, Wiring
-from mechinterp.errors import CircuitError
+from mechinterp.errors import CircuitError, UnknownNode
 from mechinterp.nodes import Node
 
 WIRING = Wiring(2, 2)
@@ -213,3 +213,21 @@ def test_values_in_another_order_are_refused(tmp_path):
 def test_a_folder_that_does_not_exist_is_an_error_that_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         made().save(tmp_path / "nowhere" / "scores.json")
+
+
+def test_methods_that_judge_heads_alone_keep_all_mlps():
+    wiring = Wiring(n_layers=2, n_heads=2)
+    values = np.array([0.0, 1, 3, 0, 2, 4, 0])
+    about = {"method": "m", "unit": "u", "model": "toy", "task": "t", "items": "node"}
+    scores = Scores(wiring, values, settings={"judged": ["head"]}, **about)
+    assert scores.n_selectable == 4
+    circuit = scores.top(2)
+    assert list(map(str, circuit.heads)) == ["a0.h1", "a1.h1"]
+    assert list(map(str, circuit.mlps)) == ["m0", "m1"]
+    assert scores.masks([4])[0].all()
+    with pytest.raises(CircuitError, match="ask for 1 to 4"):
+        scores.top(5)
+    assert scores.among(["a0.h1", "a1.h1"]).edges_kept == circuit.edges_kept
+    with pytest.raises(UnknownNode, match="'m0' is not among the parts that were scored"):
+        scores.among(["m0"])
+    assert not Scores(wiring, values, **about).among(["a0.h1", "a1.h1"]).mlps

@@ -19,7 +19,7 @@ import torch
 
 from circuits import Scores, ranking
 from circuits.ablation import replacement_for
-from circuits.discovery import ALGORITHMS
+from circuits.discovery import ALGORITHMS, WATCHING
 from circuits.discovery.attribution import attribution
 from circuits.discovery.eap import eap_ig
 from circuits.discovery.exact import exact
@@ -156,8 +156,8 @@ MISSES: dict[str, dict[str, str]] = {
     "information-flow": {f"{name} {ablation}": BLIND for name, ablation in CASES},
     "cdt-edges": {f"{name} {ablation}": PATHS for name, ablation in CASES if (name, ablation) != ("reverse", "resample")},
 }
-# Methods with a learning rate train for minutes; their own tests say what they find.
-METHODS = [name for name, method in ALGORITHMS.items() if "lr" not in inspect.signature(method).parameters]
+# Methods with a learning rate train for minutes, and codes need more prompts; their own tests say what they find.
+METHODS = [name for name, it in ALGORITHMS.items() if "lr" not in inspect.signature(it).parameters and name not in WATCHING]
 
 
 @dataclass(frozen=True)
