@@ -5,6 +5,16 @@ from mechinterp.decomposition.contributions import contributions as contribution
 from mechinterp.decomposition.rule_sets import RULE_SETS as RULE_SETS
 from mechinterp.decomposition.rule_sets import Rules as Rules
 from mechinterp.errors import MechinterpError as MechinterpError
+from mechinterp.generation import generate as generate
+from mechinterp.head_scores import copying_scores as copying_scores
+from mechinterp.head_scores import repetition_scores as repetition_scores
+from mechinterp.interventions import attend_to as attend_to
+from mechinterp.interventions import combine as combine
+from mechinterp.interventions import look_away as look_away
+from mechinterp.interventions import patch_from as patch_from
+from mechinterp.interventions import scale_heads as scale_heads
+from mechinterp.interventions import steer as steer
+from mechinterp.interventions import swap_heads as swap_heads
 from mechinterp.metrics import METRICS as METRICS
 from mechinterp.models.config import ModelConfig as ModelConfig
 from mechinterp.models.load import load as load
@@ -14,6 +24,8 @@ from mechinterp.models.transformer import ResidualStart as ResidualStart
 from mechinterp.models.transformer import Transformer as Transformer
 from mechinterp.nodes import Node as Node
 from mechinterp.prompts import PromptBatch as PromptBatch
+from mechinterp.sinks import calibrate as calibrate
+from mechinterp.sinks import find_sinks as find_sinks
 from mechinterp.sites import Site as Site
 from mechinterp.store import ActivationStore as ActivationStore
 from mechinterp.tasks import TASKS as TASKS

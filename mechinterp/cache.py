@@ -16,12 +16,14 @@ from mechinterp.sites import Site
 class ActivationCache(Mapping[Site, Tensor]):
     """The activations of one pass. ``cache[Site("z", 9)]`` and ``cache["z", 9]`` are the same tensor.
 
-    The tensors are the pass's own, not copies: clone before writing into one.
+    The tensors are the pass's own, not copies: clone before writing into one. ``first`` is the position that they begin
+    with: more than 0 in a pass that resumed after a prefix.
     """
 
-    def __init__(self, values: Mapping[Site, Tensor], weights: Weights):
+    def __init__(self, values: Mapping[Site, Tensor], weights: Weights, first: int = 0):
         self._values = MappingProxyType(values)
         self._weights = weights
+        self.first = first
 
     def __getitem__(self, key: "Site | str | tuple[str, int]") -> Tensor:
         site = _site(key)

@@ -39,4 +39,5 @@ from saes.sae_lens import to_sae_lens as to_sae_lens
 from saes.settings import TrainSettings as TrainSettings
 from saes.splice import ablated as ablated
 from saes.splice import spliced as spliced
+from saes.steering import steer_latents as steer_latents
 from saes.trainer import train as train

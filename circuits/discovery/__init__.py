@@ -10,6 +10,7 @@ from circuits.discovery.attribution import atp_star, attribution
 from circuits.discovery.cdt import cdt, cdt_edges
 from circuits.discovery.code_edges import codes_edges
 from circuits.discovery.codes import codes
+from circuits.discovery.divergence import divergence
 from circuits.discovery.eap import clean_corrupted, eap, eap_ig
 from circuits.discovery.exact import exact
 from circuits.discovery.flow import information_flow
@@ -58,7 +59,8 @@ ALGORITHMS: dict[str, Discovery] = {
     "subnetwork-probing": subnetwork_probing,
     # the MLPs' hidden units
     "neurons": neurons,
-    # watched and not changed: what parts know, by discrete codes of a few examples or by a probe
+    # watched and not changed: what parts hear of or know, by distance, by discrete codes of a few examples or by a probe
+    "divergence": divergence,
     "codes": codes,
     "codes-change": partial(codes, score="change"),
     "codes-answer": partial(codes, score="answer"),
@@ -68,7 +70,7 @@ ALGORITHMS: dict[str, Discovery] = {
 }
 
 # What a part knows it need not use: these say nothing of what cutting it does.
-WATCHING = frozenset({"codes", "codes-change", "codes-answer", "codes-paper", "codes-edges", "probe"})
+WATCHING = frozenset({"divergence", "codes", "codes-change", "codes-answer", "codes-paper", "codes-edges", "probe"})
 
 # A share of a reader compares only with others of that reader, so edges are taken from the logits upstream.
 CUT_GREEDILY = frozenset({"information-flow"})

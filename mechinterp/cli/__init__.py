@@ -9,6 +9,8 @@ from mechinterp.cli.compare import compare
 from mechinterp.cli.decompose import decompose
 from mechinterp.cli.discover import discover
 from mechinterp.cli.lists import methods, models, tasks
+from mechinterp.cli.repair import repair
+from mechinterp.cli.reuse import reuse
 from mechinterp.cli.sae import autoencoders
 from mechinterp.errors import MechinterpError
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (discover, compare, decompose, tasks, models, methods):
+for command in (discover, compare, reuse, repair, decompose, tasks, models, methods):
     app.command()(command)
 app.add_typer(autoencoders)
 

@@ -18,13 +18,19 @@ _BEFORE_QUERIES = {"resid_pre", "k_input", "v_input", "ln1_scale", "ln1_normaliz
 class Trace:
     """Called around every activation of a pass: patches it, records it, returns it."""
 
-    def __init__(self, weights: Weights, record: Iterable[Site | str] = (), patch: Mapping[Site | str, Patch] | None = None):
+    def __init__(
+        self,
+        weights: Weights,
+        record: Iterable[Site | str] = (),
+        patch: Mapping[Site | str, Patch] | None = None,
+        first: int = 0,
+    ):
         config = weights.config
         self._record = {(site.name, site.layer) for site in resolve(config, record)}
         self._patch = {(s.name, s.layer): (s, p) for key, p in (patch or {}).items() for s in resolve(config, [key])}
         self._touched = self._record | self._patch.keys()
         self._values: dict[Site, Tensor] = {}
-        self.cache = ActivationCache(self._values, weights)
+        self.cache = ActivationCache(self._values, weights, first)
         self._refuse_dead_norms()
 
     def __call__(self, name: str, layer: int | None, value: Tensor) -> Tensor:

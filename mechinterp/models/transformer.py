@@ -95,12 +95,12 @@ class Transformer:
         Raises ``UnknownSite`` for a site that the model lacks and ``ModelError`` for one that this pass never reaches.
         Differentiable in everything that requires grad. Cost: one forward of the layers from ``start`` on.
         """
-        trace = Trace(self.weights, record, patch)
+        prefix = start.prefix if start else None
+        trace = Trace(self.weights, record, patch, first=prefix.length if prefix else 0)
         if start is not None:
             resolve(self.config, [start.site])
             trace.refuse_before(start.site)
         resid = self._embed(tokens, trace) if start is None else start.value.to(self.dtype)
-        prefix = start.prefix if start else None
         ends = _ends(logits_at, resid, prefix)
         first, entrance = (0, "resid_pre") if start is None else (start.site.layer or 0, start.site.name)
         last = self.config.n_layers - 1
