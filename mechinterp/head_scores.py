@@ -75,17 +75,24 @@ def repetition_scores(
 
 
 def repeated_tokens(
-    model: Transformer, n_prompts: int, *, among: Int[Tensor, "token"] | None = None, seed: int = 0
+    model: Transformer,
+    n_prompts: int,
+    n_pos: int | None = None,
+    *,
+    among: Int[Tensor, "token"] | None = None,
+    seed: int = 0,
 ) -> Int[Tensor, "prompt pos"]:
     """Random tokens, all different, said twice; behind BOS where the model was trained with it.
 
-    ``among``: the tokens to draw from; None, all ``ordinary_tokens``. ``ModelError`` where there is no room for three.
+    ``n_pos``: how long prompts may be; None, a hundred tokens and BOS. ``among``: the tokens to draw from; None, all
+    ``ordinary_tokens``. ``ModelError`` where there is no room for three.
     """
     usable, n_before = ordinary_tokens(model) if among is None else among, _n_before(model)
-    n = min(_LONGEST, (model.config.n_ctx - n_before) // 2, len(usable))
+    room = min(n_pos or 2 * _LONGEST + n_before, model.config.n_ctx)
+    n = min((room - n_before) // 2, len(usable))
     if n < 3:
         raise ModelError(
-            f"{model.config.name} reads {model.config.n_ctx} positions, and {len(usable)} tokens may be said: too few to say "
+            f"{room} positions are read by {model.config.name}, and {len(usable)} tokens may be said: too few to say "
             "three twice, and of two what followed a token is also the token before. Draw from more tokens."
         )
     generator = torch.Generator().manual_seed(seed)

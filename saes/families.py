@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp.cache import ActivationCache
-from mechinterp.errors import SAEError
+from mechinterp.head_scores import repeated_tokens
 from mechinterp.models.transformer import Transformer
 from mechinterp.sites import Site
 from saes.attribution import per_head
@@ -116,30 +116,17 @@ def measure_families(
     has many earlier occurrences, and chance alone a larger share).
 
     Cost: a pass over both, and for every active latent of every position one row of each of its heads' attention.
-    Memory: a number a latent and position. ``SAEError`` for places other than ``z`` and prompts of fewer than four tokens.
+    Memory: a number a latent and position. ``SAEError`` for places other than ``z``, ``ModelError`` for prompts of fewer
+    than six tokens.
     """
     keep = default_keep(tokens, tokenizer_of(model)) if keep is None else keep
     if repeated is None:
-        repeated = repeated_tokens(model, 64, tokens.shape[1], seed)
+        repeated = repeated_tokens(model, 64, tokens.shape[1], seed=seed)
     first_of_second = repeated.shape[1] - repeated.shape[1] // 2
     both = default_keep(repeated, tokenizer_of(model))
     text = _measure(model, autoencoder, tokens, keep, 0, batch_size, "families", progress)
     twice = _measure(model, autoencoder, repeated, both, first_of_second, batch_size, "families, repeated", progress)
     return _signatures(autoencoder, text, twice, first_of_second)
-
-
-def repeated_tokens(model: Transformer, n_prompts: int, n_pos: int, seed: int = 0) -> Int[Tensor, "prompt pos"]:
-    """Random tokens, all different, said twice; behind BOS where the model was trained with it. At most ``n_pos`` long."""
-    tokenizer, config = tokenizer_of(model), model.config
-    bos = None if tokenizer is None else tokenizer.bos_id
-    usable = torch.tensor([token for token in range(config.d_vocab) if token != bos])
-    before = [bos] if bos is not None and tokenizer is not None and tokenizer.prepends_bos else []
-    n_half = min((min(n_pos, config.n_ctx) - len(before)) // 2, len(usable))
-    if n_half < 2:
-        raise SAEError(f"n_pos={n_pos} leaves no room to say two tokens twice. Give prompts of at least {4 + len(before)}.")
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.stack([usable[torch.randperm(len(usable), generator=generator)[:n_half]] for _ in range(n_prompts)])
-    return torch.cat([torch.tensor([before] * n_prompts, dtype=torch.long), half, half], 1)
 
 
 def dfa_at(

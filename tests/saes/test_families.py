@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechinterp.errors import SAEError
+from mechinterp.errors import ModelError, SAEError
+from mechinterp.head_scores import repeated_tokens
 from mechinterp.models.compiled import induction
 from mechinterp.models.load import load
 from saes.attribution import dfa_from_cache, dfa_sites
 from saes.base import SparseAutoencoder
-from saes.families import FAMILIES, KINDS_OF_SOURCE, dfa_at, measure_families, repeated_tokens
+from saes.families import FAMILIES, KINDS_OF_SOURCE, dfa_at, measure_families
 from saes.places import Place
 
 LETTERS = torch.randint(24, (200, 9), generator=torch.Generator().manual_seed(0))
@@ -124,8 +125,8 @@ def test_repeated_tokens_are_different_and_said_twice(planted):
     bos = builtin.tokenizer.bos_id
     assert twice.shape[1] == (9 if builtin.tokenizer.prepends_bos else 8)
     assert not builtin.tokenizer.prepends_bos or (twice == bos).sum() == 3
-    with pytest.raises(SAEError, match="say two tokens twice"):
-        repeated_tokens(planted.model, 5, 3)
+    with pytest.raises(ModelError, match="too few to say three twice"):
+        repeated_tokens(planted.model, 5, 5)
 
 
 def test_a_silent_latent_has_no_family(plain, tokens):
