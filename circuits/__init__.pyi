@@ -35,9 +35,12 @@ from circuits.published import PUBLISHED as PUBLISHED
 from circuits.repairs.picture import draw_repair as draw_repair
 from circuits.repairs.repairing import repair as repair
 from circuits.repairs.report import Repair as Repair
+from circuits.repairs.search import Proposal as Proposal
 from circuits.repairs.search import propose as propose
 from circuits.report import Report as Report
+from circuits.reuse.comparing import circuits_at as circuits_at
 from circuits.reuse.comparing import compare_tasks as compare_tasks
+from circuits.reuse.comparing import score_tasks as score_tasks
 from circuits.reuse.matching import same_role as same_role
 from circuits.reuse.overlaps import overlap as overlap
 from circuits.reuse.picture import draw_reuse as draw_reuse
@@ -45,6 +48,8 @@ from circuits.reuse.report import Reuse as Reuse
 from circuits.reuse.signatures import Signatures as Signatures
 from circuits.reuse.signatures import measure_signatures as measure_signatures
 from circuits.reuse.signatures import similarity as similarity
+from circuits.reuse.union import shared_by as shared_by
+from circuits.reuse.union import tasks_of as tasks_of
 from circuits.reuse.union import union_graph as union_graph
 from circuits.roles import attention_roles as attention_roles
 from circuits.running import run_circuit as run_circuit

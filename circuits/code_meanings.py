@@ -79,11 +79,13 @@ def explain_codes(
     ``parts``: heads and MLPs (None: those that stand out). Of several positions, a part is explained at its best. At "mean",
     attention too is averaged over all positions that count. The codes are those that were scored: they are made again from
     ``scores.settings``, seed and all, or taken from ``made``. Cost: making them (see ``codes``), and one forward pass of the
-    prompts that have the codes. ``CircuitError`` for scores of other methods, models or tasks, and parts without codes.
+    prompts that have the codes. ``CircuitError`` for scores of other methods, models or tasks, codes made in another way, and
+    parts without codes.
     """
     _check(model, task, scores, (n_codes, n_examples, n_tokens))
     score = scores.settings["score"]
     made = made or _made_again(model, task, scores, store, progress)
+    _check_made(made, scores)
     groups = [group for part in _numbers(made.examples, scores, parts) for group in _telling(made, part, score, n_codes)]
     counted = _Counted.of(made.examples)
     attention, written = _attention(counted, groups), [_written(made, group) for group in groups]
@@ -118,6 +120,16 @@ def _made_again(model: Transformer, task: Task, scores: Scores, store: Activatio
     settings = CodeSettings(**{one.name: asked[one.name] for one in fields(CodeSettings)})
     examples = examples_of(model, task, asked["positions"], settings.n_train, seed=settings.seed, store=store)
     return coded(examples, settings, progress=progress)
+
+
+def _check_made(made: Coded, scores: Scores) -> None:
+    examples, scored = made.examples, scores.settings
+    used = {**made.settings.to_dict(), "positions": list(examples.places)}
+    other = [f"{name}={value!r} for {scored[name]!r}" for name, value in used.items() if value != scored[name]]
+    if (examples.task.name, len(examples.task)) != (scores.task, scored["n_prompts"]):
+        other.append(f"{len(examples.task)} prompts of {examples.task.name!r}")
+    if other:
+        raise CircuitError(f"made= are not the codes that were scored: {', '.join(other)}. Leave it out, to make them again.")
 
 
 def _numbers(examples: Examples, scores: Scores, parts: Iterable[Node | str] | None) -> list[int]:

@@ -22,6 +22,14 @@ _AT_ONCE = 1 << 25  # counts held at a time
 Tables = tuple[Float[Tensor, "draw class column"], Float[Tensor, "class"]]
 
 
+def check_test(n_permutations: int, level: float) -> None:
+    """``CircuitError`` for no permutations and for a ``level`` that is no rate of false discoveries."""
+    if n_permutations < 1:
+        raise CircuitError(f"n_permutations={n_permutations} says nothing of chance. Give at least 1; 200 to 1000 are usual.")
+    if not 0 < level < 1:
+        raise CircuitError(f"level={level} is no rate of false discoveries. Give a number between 0 and 1; 0.05 is usual.")
+
+
 def permuted_labels(
     labels: Int[np.ndarray, "example"], n: int, seed: int, *, paired: bool = False
 ) -> Int[np.ndarray, "draw example"]:

@@ -31,6 +31,10 @@ _READ_AS: dict[str | None, str] = {
     None: "read by MLP, logits",
 }
 _DASHES = (0, (3, 1.6))
+_SIGNS = {  # of scores that are no effects of a cut: what a positive one says, and a negative one
+    "codes-edges": ("more than each alone", "less than each alone"),
+    "codes-edges-conditional": ("more than chance", "less than chance"),
+}
 
 
 def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edges: int = 400, dpi: int = 160) -> Any:
@@ -200,8 +204,9 @@ def _draw_legend(axes: Any, view: _View) -> None:
             label = f"|score| {share * view.largest:.2g}"
             lines.append(Line2D([], [], color="#999999", linewidth=line_width(share), label=label))
     if any(score < 0 for score in scores):
-        lines.append(Line2D([], [], color="#555555", linewidth=1.8, label="positive: helps"))
-        lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label="negative: hurts"))
+        positive, negative = _SIGNS.get(str(view.facts.get("method")), ("helps", "hurts"))
+        lines.append(Line2D([], [], color="#555555", linewidth=1.8, label=f"positive: {positive}"))
+        lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label=f"negative: {negative}"))
     marks = {"head": ("s", "head"), "mlp": ("H", "MLP"), "latent": ("o", "SAE latent"), "error": ("o", "SAE error")}
     present = {node.kind for node in view.layout.places}
     for kind, (marker, label) in marks.items():

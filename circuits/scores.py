@@ -1,7 +1,8 @@
 """Scores: one number for each edge (or part), with the method, the unit and the settings that it came from.
 
-Everywhere a score says **how much the metric falls if this item is cut**: positive helps, negative hurts. Circuits take
-the largest magnitudes, unless asked for the largest values (``signed=True``).
+A score says **how much the metric falls if this item is cut**: positive helps, negative hurts. Methods that watch and cut
+nothing (``discovery.WATCHING``: codes, probes, divergence) say what an item tells instead, in the ``unit`` that they name.
+Circuits take the largest magnitudes, unless asked for the largest values (``signed=True``).
 """
 
 import json
@@ -124,7 +125,7 @@ class Scores:
         ties = int((key[n:] == key[n - 1]).sum())
         return self._circuit(mask, signed, ties_at_cut=ties)
 
-    def among(self, parts: Iterable[Node | str]) -> Circuit:
+    def among(self, parts: Node | str | Iterable[Node | str]) -> Circuit:
         """The circuit of the edges among these heads and MLPs, and all that was not judged: a method's own choice of parts.
 
         ``CircuitError`` for edge scores, ``UnknownNode`` for what is no head or MLP that was judged.
@@ -132,7 +133,7 @@ class Scores:
         self._check_items("node")
         open_to_choice = {str(self.wiring.writers[w]): w for w in np.flatnonzero(self._judged)}
         kept = ~self._judged
-        for name in map(str, parts):
+        for name in map(str, [parts] if isinstance(parts, Node | str) else parts):
             if name not in open_to_choice:
                 raise UnknownNode(f"{name!r} is not among the parts that were scored.{nearest(name, open_to_choice)}")
             kept[open_to_choice[name]] = True

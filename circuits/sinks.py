@@ -20,7 +20,7 @@ from mechinterp.errors import TaskError
 from mechinterp.interventions import Intervention
 from mechinterp.metrics import is_preferred
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.prompts import PromptBatch
 from mechinterp.sinks import Sinks, calibrate, find_sinks, resting
 from mechinterp.tasks.base import Task
@@ -91,7 +91,7 @@ class SinkEffect:
 def sink_effect(
     model: Transformer,
     task: Task,
-    heads: Iterable[Node | str] | None = None,
+    heads: Node | str | Iterable[Node | str] | None = None,
     *,
     sinks: Sinks | Bool[Tensor, "layer head_index batch pos"] | None = None,
     keep: float = 0.4,
@@ -105,8 +105,7 @@ def sink_effect(
     """
     found = find_sinks(model, task, batch_size=batch_size) if sinks is None else sinks
     mask = found.mask if isinstance(found, Sinks) else found
-    named = resting(mask) if heads is None else heads
-    chosen = tuple(Node.parse(head) if isinstance(head, str) else head for head in named)
+    chosen = resting(mask) if heads is None else nodes_of(heads)
     if not chosen:
         raise TaskError(
             f"no head of {model.config.name} rests on a sink in half of the prompts of {task.name!r}. Name heads, or find "

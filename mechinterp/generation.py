@@ -1,6 +1,6 @@
 """Text that a model writes on: greedy or drawn, with any intervention in force."""
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int
@@ -36,7 +36,7 @@ def generate(
 @torch.no_grad()
 def generate(
     model: Transformer,
-    prompts: Int[Tensor, "batch pos"] | str,
+    prompts: Any,
     n_new: int,
     *,
     ends: Int[Tensor, "batch"] | None = None,
@@ -50,7 +50,7 @@ def generate(
     is an intervention, in force in every pass; its positions are counted from the beginning, so they mean the same tokens
     throughout. ``temperature`` 0 takes the likeliest token; more draws from ``softmax(logits / temperature)``, by ``seed``.
     Cost: a whole forward pass a token, as an edited activation changes all that follows. ``ModelError`` where the text would
-    grow past the model's context.
+    grow past the model's context, and for prompts of several lengths in a model that is not causal.
 
     >>> from mechinterp.models.load import load
     >>> generate(load("builtin"), "Then, Mary and John met at the park. John handed a ring to", 1)
@@ -61,6 +61,9 @@ def generate(
         batch = torch.tensor([tokenizer.encode(prompts)], dtype=torch.long)
         new = generate(model, batch, n_new, ends=ends, patch=patch, temperature=temperature, seed=seed)
         return tokenizer.decode(new[0].tolist())
+    if not isinstance(prompts, Tensor) or prompts.dim() != 2:
+        given = f"a tensor of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
+        raise ModelError(f"prompts are given as {given}. Give one text, or tokens of shape [batch, pos] with their `ends`.")
     n, width = prompts.shape
     last = (torch.full((n,), width - 1) if ends is None else ends).to(model.device)
     _refuse(model, prompts, last, n_new, temperature)
@@ -81,8 +84,12 @@ def _refuse(
     model: Transformer, prompts: Int[Tensor, "batch pos"], last: Int[Tensor, "_"], n_new: int, temperature: float
 ) -> None:
     n, width = prompts.shape
-    if n_new < 0 or temperature < 0:
-        raise ModelError(f"n_new={n_new} and temperature={temperature} mean nothing: both are 0 or more.")
+    if n_new < 0 or not 0 <= temperature < float("inf"):
+        raise ModelError(f"n_new={n_new} and temperature={temperature} mean nothing: both are finite, 0 or more.")
+    if not model.config.causal and len(last.unique()) > 1:
+        raise ModelError(
+            f"{model.config.name} is not causal, so shorter prompts would read their padding. Give prompts of one length."
+        )
     if len(last) != n or not n or not 0 <= int(last.min()) <= int(last.max()) < width:
         raise ModelError(
             f"{n} prompts of {width} positions cannot end at {last.tolist()}. Give prompts of at least one token, and for "

@@ -19,7 +19,7 @@ from torch import Tensor
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import ModelError, UnknownNode, UnknownSite
 from mechinterp.models.trace import Patch
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.positions import (
     Keys,
     Positions,
@@ -29,6 +29,7 @@ from mechinterp.positions import (
     only_rows,
     query_positions,
     refuse_absent,
+    refuse_misshapen,
     refuse_the_future,
 )
 from mechinterp.sites import LAYER_SITES, Site
@@ -60,13 +61,16 @@ def attend_to(
 ) -> dict[Site | str, Patch]:
     """From ``at`` the heads attend evenly to the positions ``to`` of each prompt, with ``share`` of their attention.
 
-    The row of ``at`` (None: every row that comes after all of ``to``) becomes ``(1 - share) pattern + share / n`` on the n
+    The row of ``at`` (None: every row that is at or after all of ``to``) becomes ``(1 - share) pattern + share / n`` on the n
     positions; the default share of 1 is Merullo et al.'s repair (2024, arXiv:2310.08744, sec. 5): the row is set to 0 and
     1/n written where the head shall look. A position given twice counts twice.
 
     Raises ``ModelError`` for shares outside 0..1 and, in the pass, for positions that the prompts lack and for ``to`` after
     ``at``, where a causal model has nothing to attend to.
     """
+    refuse_misshapen(to, 2)
+    if at is not None:
+        refuse_misshapen(at, 1)
     if not (0 <= share <= 1 and to.shape[1]) or (at is not None and len(at) != len(to)):
         rows = "" if at is None else f" from {len(at)} rows"
         raise ModelError(
@@ -116,8 +120,8 @@ def rewrite_attention(
     pass, for a head that the layer lacks.
     """
     by_layer: dict[int, list[int]] = defaultdict(list)
-    for name in [heads] if isinstance(heads, (Node, str)) else heads:
-        layer, index = whole_head(name)
+    for head in nodes_of(heads):
+        layer, index = whole_head(head)
         by_layer[layer].append(index)
 
     def editing(layer: int, indices: list[int]) -> Patch:
@@ -221,6 +225,8 @@ def _replacing(place: Site, index: int | None, written: Tensor, at: Positions | 
         if index is not None:
             refuse_absent(place.layer or 0, [index], value.shape[2])
         new = written.to(value)
+        if at is not None:
+            refuse_misshapen(at, 1)
         if at is not None and len(new) == len(at) == len(value) and new.shape[2:] == value.shape[2:]:
             # A text that grows is longer than what was recorded, so the one vector is sought there and not here.
             there = (checked(at[:, None], len(new), first + new.shape[1], first)[:, 0] - first).to(new.device)
@@ -252,7 +258,7 @@ def whole_head(name: Node | str) -> tuple[int, int]:
     """Layer and index of a head; ``UnknownNode`` for any other part."""
     head = Node.parse(name) if isinstance(name, str) else name
     if head.kind != "head" or head.port or head.layer is None or head.index is None or head.pos is not None:
-        raise UnknownNode(f"{str(name)!r} is not a whole head, and only heads attend. Name heads such as 'a9.h6'.")
+        raise UnknownNode(f"{str(name)!r} is not a whole head. Name heads such as 'a9.h6'; an MLP is the site 'mlp_out.9'.")
     return head.layer, head.index
 
 

@@ -7,6 +7,7 @@ reads), ``m4`` (the MLP of layer 4), ``m4.n123`` (its hidden neuron 123), ``logi
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -124,6 +125,16 @@ class Node:
         stages = {"input": 0, "head": 0 if self.port else 1, "latent": 2, "error": 3, "neuron": 4, "mlp": 5, "logits": 6}
         port = PORTS.index(self.port) if self.port else 0
         return (layer, stages[self.kind], self.index or 0, port, -1 if self.pos is None else self.pos)
+
+
+def nodes_of(names: Node | str | Iterable[Node | str]) -> tuple[Node, ...]:
+    """One part or several, by name or not, as nodes: what functions take as ``heads``.
+
+    >>> nodes_of("a9.h6"), nodes_of(["a9.h6", Node.mlp(4)])
+    ((Node('a9.h6'),), (Node('a9.h6'), Node('m4')))
+    """
+    several = [names] if isinstance(names, (Node, str)) else names
+    return tuple(Node.parse(name) if isinstance(name, str) else name for name in several)
 
 
 def _from_match(found: re.Match) -> Node:

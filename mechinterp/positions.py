@@ -1,5 +1,7 @@
 """Positions, one a prompt: whether a pass has them, and a change that is let through there alone."""
 
+from typing import Any, Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,6 +15,7 @@ Rows = Float[Tensor, "batch head query_pos key_pos"]
 
 def checked(positions: Keys, n_prompts: int, n_pos: int, first: int = 0) -> Keys:
     """Positions that every prompt of the pass has, ``first`` to ``n_pos - 1``; ``ModelError`` for others."""
+    refuse_misshapen(positions, 2)
     if len(positions) != n_prompts:
         raise ModelError(
             f"positions are given for {len(positions)} prompts, and this pass has {n_prompts}. Cut them as the prompts are "
@@ -24,6 +27,16 @@ def checked(positions: Keys, n_prompts: int, n_pos: int, first: int = 0) -> Keys
             "Count from the beginning of each prompt; logits that are asked for at one position have position 0 alone."
         )
     return positions
+
+
+def refuse_misshapen(positions: Any, n_axes: Literal[1, 2]) -> None:
+    """``ModelError`` for what is no tensor of whole numbers, ``[prompt]`` or ``[prompt, key]``: a list, one number, ..."""
+    is_tensor = isinstance(positions, Tensor)
+    if is_tensor and positions.dim() == n_axes and not positions.is_floating_point():
+        return
+    given = f"a tensor of shape {tuple(positions.shape)} and {positions.dtype}" if is_tensor else repr(positions)
+    wanted = "a position a prompt, such as prompts.end" if n_axes == 1 else "a row a prompt, such as prompts.end[:, None]"
+    raise ModelError(f"positions are given as {given}. Give a tensor of whole numbers, {wanted}.")
 
 
 def only_here(at: Positions | None, new: Tensor, old: Tensor, first: int = 0) -> Tensor:
@@ -62,5 +75,6 @@ def refuse_the_future(at: Positions | None, keys: Keys, rows: Rows) -> None:
 
 
 def _here(at: Positions, computed: Int[Tensor, "pos"], n_prompts: int) -> Bool[Tensor, "batch pos"]:
+    refuse_misshapen(at, 1)
     first = int(computed[0])
     return computed == checked(at[:, None], n_prompts, first + len(computed), first).to(computed.device)

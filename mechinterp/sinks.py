@@ -22,7 +22,7 @@ from mechinterp.interventions import Rewrite, rewrite_attention, whole_head
 from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.positions import Positions, Rows
 from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
@@ -205,8 +205,8 @@ def calibrate(
     if not 0 <= keep <= 1:
         raise ModelError(f"keep={keep} is no share of the attention on sinks. Give 0 (none is left) to 1 (all).")
     by_layer: dict[int, list[int]] = defaultdict(list)
-    for name in [heads] if isinstance(heads, (Node, str)) else heads:
-        layer, index = whole_head(name)
+    for head in nodes_of(heads):
+        layer, index = whole_head(head)
         by_layer[layer].append(index)
     edits: dict[Site | str, Patch] = {}
     for layer, indices in by_layer.items():

@@ -47,8 +47,7 @@ class CodeSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.n_train < 2:
-            raise SAEError(f"n_train={self.n_train} cannot hold a positive and a negative example. Give at least 2.")
+        _check_n_train(self.n_train)
         if not 1 <= self.k <= self.d_sae:
             raise SAEError(f"a code of k={self.k} latents cannot be made of d_sae={self.d_sae}. Give 1 <= k <= d_sae.")
         if self.steps < 1:
@@ -108,8 +107,9 @@ def assign_codes(
 def stratified(n_train: int, n_positive: int, n_negative: int, seed: int) -> tuple[list[int], list[int]]:
     """Which positives and which negatives to train on: half and half, a positive more where the number is odd.
 
-    ``SAEError`` where one side has too few: some must be left to count codes on.
+    ``SAEError`` where one side has too few: some must be left to count codes on; and for ``n_train`` below 2.
     """
+    _check_n_train(n_train)
     wanted, given = {"positive": (n_train + 1) // 2, "negative": n_train // 2}, {"positive": n_positive, "negative": n_negative}
     if missing := [kind for kind, there in given.items() if there == 0]:
         raise SAEError(f"there are no {missing[0]} examples. Codes tell two classes apart: give examples of both.")
@@ -121,6 +121,11 @@ def stratified(n_train: int, n_positive: int, n_negative: int, seed: int) -> tup
             )
     order = np.random.default_rng(seed).permutation(min(n_positive, n_negative))
     return order[: wanted["positive"]].tolist(), order[: wanted["negative"]].tolist()
+
+
+def _check_n_train(n_train: int) -> None:
+    if n_train < 2:
+        raise SAEError(f"n_train={n_train} cannot hold a positive and a negative example. Give at least 2.")
 
 
 def moments(rows: Float[Tensor, "example part d_in"]) -> tuple[Float[Tensor, "part d_in"], Float[Tensor, "part"]]:

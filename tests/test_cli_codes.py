@@ -2,13 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import circuits
+import mechinterp
 from circuits import Circuit, Scores
+from circuits.discovery import WATCHING
 from circuits.meanings import CodeMeanings
 from mechinterp.cli import main
+from mechinterp.cli.watched import SCORES
+from mechinterp.errors import TaskError
 
 
 def run(*arguments: object) -> int:
@@ -55,6 +61,51 @@ def test_the_published_method_scores_heads_alone_and_cuts_no_mlp(here, capsys):
     circuit = Circuit.load(folder / "circuit.json")
     assert (len(circuit.heads), len(circuit.mlps)) == (5, 4)
     assert not (folder / "codes.json").exists()
+
+
+def test_codes_of_the_published_method_are_read_where_one_says(here):
+    assert run("greater-than", "--method", "codes-paper", "--prompts", 12, "--positions", "END") == 0
+    assert Scores.load(here / "mechinterp-greater-than" / "scores.json").settings["positions"] == "END"
+
+
+def test_edges_of_codes_and_options_that_do_nothing_come_with_a_warning(here, capsys):
+    assert run("greater-than", "--method", "codes-edges", "--prompts", 8, "--train-examples", 4, "--parts", 3) == 0
+    said = capsys.readouterr().err
+    assert "Do not take a circuit from these scores alone" in said
+    assert "--parts is for methods that score parts" in said
+
+
+def test_divergence_is_not_said_to_be_what_a_cut_costs(here, capsys):
+    assert run("greater-than", "--method", "divergence", "--prompts", 8, "--threshold", 0.1) == 0
+    said = capsys.readouterr()
+    assert "how far the part's output moves" in said.out
+    assert "if the part is cut" not in said.out
+    assert "--threshold is for edges" in said.err
+
+
+def test_a_model_of_few_edges_needs_no_smaller_number_of_them(make_model, here, capsys):
+    builtin = mechinterp.load("builtin")
+    small = make_model("plain", n_layers=1, n_heads=1, d_vocab=builtin.config.d_vocab, n_ctx=40)
+    mechinterp.save(replace(small, tokenizer=builtin.tokenizer), here / "small")
+    run("ioi", "--model", "small", "--method", "eap", "--prompts", 8, "--allow-unsolved")
+    said = capsys.readouterr()
+    assert "The 8 strongest edges" in said.out
+    assert "--edges" not in said.err
+
+
+def test_what_was_found_is_kept_where_the_circuit_cannot_be_measured(here, capsys, monkeypatch):
+    def undefined(*_, **__):
+        raise TaskError("faithfulness is undefined")
+
+    monkeypatch.setattr(circuits, "evaluate", undefined, raising=False)
+    assert run("greater-than", "--method", "codes-change", "--prompts", 16) == 0
+    assert "could not be measured: faithfulness is undefined" in capsys.readouterr().err
+    assert {"codes.json", "scores.json", "circuit.json"} <= {file.name for file in (here / "mechinterp-greater-than").iterdir()}
+    assert run("greater-than", "--method", "eap", "--prompts", 16) != 0
+
+
+def test_every_method_that_watches_says_what_its_score_is():
+    assert set(SCORES) >= WATCHING
 
 
 def test_where_nothing_stands_out_it_says_so_and_what_to_try(here, capsys):

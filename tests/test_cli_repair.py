@@ -43,3 +43,15 @@ def test_a_failure_leaves_nothing_behind(here):
     with pytest.raises(CircuitError, match="one --to"):
         repair("ioi", ["IO", "S2"], heads="a1.h0", **SMALL)
     assert list(here.iterdir()) == []
+
+
+def test_a_small_file_is_not_searched_whole(here, capsys):
+    scene = "Then, Mary and %s met at the park. "
+    pair = f'{{"clean": "{scene}%s handed a ring to", "corrupted": "{scene}Mary handed a ring to", '
+    pair += '"answers": [" Mary"], "foils": [" %s"]}'
+    names = ("John", "Christine", "Bradley")
+    (here / "few.jsonl").write_text("\n".join(pair % ((name,) * 4) for name in names))
+    with pytest.raises(CircuitError, match=r"has \d usable prompts.*--prompts 1\)"):
+        repair("few.jsonl", ["CHANGED"])
+    repair("few.jsonl", ["CHANGED"], heads="a3.h2", random=0)
+    assert "attend to CHANGED" in capsys.readouterr().out

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from circuits.code_pairs import JudgedPairs, judge_pairs, known_pair_score, pairs_of
+from circuits.code_statistics import check_test
 from circuits.coding import Coded, Examples, coded, examples_of
 from circuits.discovery.walk import scores_of
 from circuits.scores import Scores
@@ -68,8 +69,9 @@ def codes_edges(
 
     Cost: two forward passes of clean and corrupted prompts (one with a ``store`` that has them), the autoencoders, then
     seconds for all pairs: it grows with examples, permutations, and the pairs of codes in use. Errors as in ``codes``, and
-    ``CircuitError`` for a score that there is not.
+    ``CircuitError`` for a score of edges that there is not.
     """
+    check_test(n_permutations, level)
     measure = known_pair_score(score)
     made = CodeSettings(n_train, d_sae, k, steps, architecture=architecture, sparsity=sparsity, seed=seed)
     examples = examples_of(model, task, positions, n_train, seed=seed, store=store)

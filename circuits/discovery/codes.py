@@ -8,7 +8,7 @@ and counting. A code is watched and not changed, so that a score says what a par
   from the same words (IOI with other names), no prompt need, and a part that carries the task may know nothing of it.
 * ``"change"``: the share of pairs in which the corruption changes a part's code. It needs prompts that align, as our tasks'
   do, and no statistics: prompts that differ in one thing and codes that differ with it are cause and effect.
-* ``"answer"``: the information of the code about the answer, on clean prompts alone.
+* ``"answer"``: the information of the code about the answer (of several the first), on clean prompts alone.
 * ``"count"``: the published one: how many codes occur in positives and in no negative, less what permuted labels give. It
   favours parts that vary much; see ``benchmarks/results/codes.md``.
 
@@ -20,6 +20,7 @@ codes differ, so that ``I(label; code | pair)`` is ``log 2`` times the share of 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from circuits.code_statistics import check_test
 from circuits.coding import coded, examples_of
 from circuits.discovery.code_scores import CODE_UNITS, facts_of, facts_of_control, in_scores, judge, known_score
 from circuits.scores import Scores
@@ -56,8 +57,10 @@ def codes(
     discovery rate of ``level``, and above Otsu's cut. ``settings["p"]`` holds p-values, ``settings["untrained"]`` the control.
 
     Cost: one forward pass of clean and corrupted prompts, or none with a ``store`` that has them, then seconds. Raises
-    ``SAEError`` for too few prompts and for parts that all write the same on every prompt.
+    ``SAEError`` for too few prompts and for parts that all write the same on every prompt, ``CircuitError`` for a score that
+    there is not, no permutations, and a ``level`` that is not between 0 and 1.
     """
+    check_test(n_permutations, level)
     measure = known_score(score)
     made = CodeSettings(n_train, d_sae, k, steps, architecture=architecture, sparsity=sparsity, seed=seed)
     examples = examples_of(model, task, positions, n_train, seed=seed, store=store)

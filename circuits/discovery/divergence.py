@@ -41,7 +41,8 @@ from mechinterp.tasks.base import Task
 Where = Bool[Tensor, "batch pos"]
 Blanking = Callable[[PromptBatch, Where], tuple[Int[Tensor, "batch pos"], Mapping[Site | str, Patch]]]
 Parts = Float[Tensor, "place prompt part"]
-_ROUNDING = 100.0  # times the precision: what moves less than this fraction of its size has not moved
+_ROUNDING = 100.0  # times the precision: what moves less than this fraction of its size has not moved,
+_RESOLVED = 0.01  # but for what moves by this much: of bfloat16, 100 times the precision would be nearly all there is
 
 
 def divergence(
@@ -49,7 +50,7 @@ def divergence(
     task: Task,
     *,
     blank: str | int = "corrupted",
-    tokens: Sequence[str] | None = None,
+    tokens: str | Sequence[str] | None = None,
     positions: str | Sequence[str] = "END",
     relative_to: str = "size",
     batch_size: int = 32,
@@ -73,6 +74,10 @@ def divergence(
     """
     known_fraction(relative_to)
     places = (positions,) if isinstance(positions, str) else tuple(positions)
+    tokens = [tokens] if isinstance(tokens, str) else tokens
+    if not places:
+        known = ", ".join(dict.fromkeys([*task.prompts.positions, "END"]))
+        raise CircuitError(f"no position is named to read outputs at. Name some of {known}.")
     mask = _informative(task, tokens)
     blanking = _blanking(model, task, mask, blank)
     moves = []
@@ -102,8 +107,10 @@ class Moves:
     def between(cls, clean: tuple[Tensor, Tensor], blanked: tuple[Tensor, Tensor]) -> "Moves":
         """Of the parts' outputs and the residual stream, in two passes."""
         (one, stream), (other, _) = clean, blanked
+        unresolved = min(_ROUNDING * torch.finfo(one.dtype).eps, _RESOLVED)
+        one, other, stream = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (one, other, stream))
         moved, size, other_size = (x.norm(dim=-1).double() for x in (one - other, one, other))
-        rounding = _ROUNDING * torch.finfo(one.dtype).eps * torch.maximum(size, other_size)
+        rounding = unresolved * torch.maximum(size, other_size)
         return cls(
             torch.where(moved > rounding, moved, 0.0),
             size,

@@ -14,6 +14,7 @@ with; it grows with the number of prompts and has no chance level; a softmax cha
 tasks': theirs were 250 + 250, their IOI negatives three names.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def paper_codes(
     task: Task,
     *,
     level: str = "node",
-    positions: str = "mean-with-bos",
+    positions: str | Sequence[str] = "mean-with-bos",
     n_train: int = 10,
     d_sae: int = 200,
     steps: int = 500,
@@ -58,8 +59,9 @@ def paper_codes(
     """How many codes each head uses on positives alone, as published. MLPs and the input are not coded and score 0.
 
     ``level``: "node", or their "edge", which scores heads too (step 4 above) and is no score of edges. ``positions``:
-    "mean-with-bos" is what they ran, "END" their other choice ("last"); any that ``weights_of`` knows will do. ``normalize``:
-    count as a share of all codes of the head (of the pair: of those in positives plus those in negatives, as they have it).
+    "mean-with-bos" is what they ran, "END" their other choice ("last"); any one that ``weights_of`` knows will do.
+    ``normalize``: count as a share of all codes of the head (of the pair: of those in positives plus those in negatives, as
+    they have it).
     ``softmax``: over "all" heads, over "layer"s for each head index (their ``across_layer``, which changes the ranking), or
     None for the counts. The other settings are ``PaperSettings``. Training prompts are drawn from all, not half and half.
     ``settings["untrained"]`` has the same of an untrained autoencoder; it is missing with ``trained=False``, which scores by
@@ -68,16 +70,17 @@ def paper_codes(
     Cost: one forward pass, or none with a ``store`` that has it, then seconds (see ``assign_paper_codes``); their dense pair
     counts, twice 6.6 GB for GPT-2 small, are not made. Memory: ``2 n_prompts n_heads d_model`` numbers.
 
-    Raises ``CircuitError`` for an unknown level or softmax, ``SAEError`` for an unknown position, more training prompts than
-    there are, and heads that write the same on every prompt.
+    Raises ``CircuitError`` for an unknown level or softmax, ``SAEError`` for several positions or an unknown one, more
+    training prompts than there are, and heads that write the same on every prompt.
     """
     _check(level, softmax)
     made = PaperSettings(n_train, d_sae, steps, lr, sparsity, trained, seed)
-    examples = _examples(model, task, positions, made, store)
+    place = _one_of(positions)
+    examples = _examples(model, task, place, made, store)
     rows = written_as_published(model, examples.written.heads[0])
     if not bool((rows != rows[:1]).any()):
         raise SAEError(
-            f"at {positions!r} no head writes anything different on any two prompts, so no code is a positive's own. Read "
+            f"at {place!r} no head writes anything different on any two prompts, so no code is a positive's own. Read "
             'another position (positions="mean-with-bos"), or use prompts that differ there.'
         )
 
@@ -87,7 +90,7 @@ def paper_codes(
 
     codes = assign_paper_codes(rows, examples.training, made, progress=progress)
     values = scored(codes)
-    facts: dict[str, Any] = {"level": level, "positions": positions, "normalize": normalize, "softmax": softmax}
+    facts: dict[str, Any] = {"level": level, "positions": place, "normalize": normalize, "softmax": softmax}
     facts |= made.to_dict() | {"n_counted": len(examples.rows)} | _facts(codes)
     if trained:
         control = assign_paper_codes(rows, examples.training, PaperSettings(d_sae=d_sae, seed=seed, trained=False))
@@ -185,6 +188,14 @@ def _facts(codes: PaperCodes) -> dict[str, float]:
 def _unit(level: str, normalize: bool, softmax: str | None) -> str:
     unit = "share of codes" if normalize and level == "node" else _UNITS[level]
     return unit if softmax is None else f"softmax of {unit}"
+
+
+def _one_of(positions: str | Sequence[str]) -> str:
+    places = [positions] if isinstance(positions, str) else list(positions)
+    if len(places) != 1:
+        given = ", ".join(places) or "none"
+        raise SAEError(f"the published codes are read at one position, and {given} are given. Name one, or use codes(...).")
+    return places[0]
 
 
 def _check(level: str, softmax: str | None) -> None:

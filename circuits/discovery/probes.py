@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.code_statistics import permuted_labels
+from circuits.code_statistics import check_test, permuted_labels
 from circuits.coding import Examples, examples_of
 from circuits.discovery.code_scores import facts_of, in_scores, stand_out
 from circuits.scores import Scores
@@ -45,8 +45,9 @@ def probe(
     store: ActivationStore | None = None,
     progress: bool = False,
 ) -> Scores:
-    """How well a linear probe of each head's ``z`` and each MLP's output tells clean from corrupted prompts: AUROC above
-    chance, 0 to 1/2. The input scores 0: it is not probed.
+    """How well a linear probe of what each head and MLP writes tells clean from corrupted: AUROC above chance, 0 to some 1/2.
+
+    Probed are a head's ``z`` and an MLP's output; the input is not, and scores 0.
 
     The area rather than the information of a yes or no: the direction is what ten examples can find, a threshold is not.
     It is taken on the prompts that the probe was not fitted to, less the mean under labels permuted within pairs; a probe
@@ -54,9 +55,11 @@ def probe(
     ``settings["p"]`` are as in ``codes``, with the same examples for the same ``seed``.
 
     Cost: one forward pass of clean and corrupted prompts, or none with a ``store`` that has them, and a system of
-    ``n_train`` equations a part. Raises ``SAEError`` for too few prompts and for parts that all write the same on every
-    prompt, ``CircuitError`` for a ``ridge`` that is not positive.
+    ``n_train`` equations a part. Raises ``SAEError`` for too few prompts, for ``n_train`` below 2 and for parts that all write
+    the same on every prompt, ``CircuitError`` for a ``ridge`` that is not positive, no permutations, and a ``level`` that is
+    not between 0 and 1.
     """
+    check_test(n_permutations, level)
     examples = examples_of(model, task, positions, n_train, seed=seed, store=store)
     found = stand_out(examples, *areas(examples, ridge, n_permutations, seed, progress=progress), level)
     facts: dict[str, Any] = {"positions": list(examples.places), "n_train": n_train, "ridge": ridge, "seed": seed}

@@ -34,13 +34,14 @@ from circuits.repairs.runs import (
     first_layer,
     joined,
     named,
+    one_or_more,
     outcome,
     parse_heads,
     positions,
 )
 from mechinterp.errors import CircuitError, TaskError
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.tasks.base import Task
 
 Heads = Sequence[Node | str]
@@ -85,7 +86,8 @@ def repair(
     (1.0, ['unedited', 'heads'])
     """
     groups = _groups(model, heads)
-    targets = dict(attention) if isinstance(attention, Mapping) else dict.fromkeys(groups, attention)
+    given = attention if isinstance(attention, Mapping) else dict.fromkeys(groups, attention)
+    targets = {name: one_or_more(wanted) for name, wanted in given.items()}
     if set(targets) != set(groups):
         raise CircuitError(
             f"attention is given for {list(targets)} and the groups are {list(groups)}. Give each group its own."
@@ -117,14 +119,15 @@ def _unseen(task: Task, targets: dict[str, Attention], seen: frozenset[str]) -> 
     if not bool(fresh.any()):
         raise CircuitError(
             "all of these prompts are among those that the heads were chosen on. Repair other prompts: make the task again "
-            "with another seed."
+            "with another seed, or keep some prompts of a file out of the search."
         )
     kept = {name: wanted[fresh] if isinstance(wanted, torch.Tensor) else wanted for name, wanted in targets.items()}
     return replace(task, prompts=task.prompts[fresh]), kept, int((~fresh).sum())
 
 
 def _groups(model: Transformer, heads: Mapping[str, Heads] | Heads) -> dict[str, tuple[Node, ...]]:
-    groups = heads if isinstance(heads, Mapping) else {"heads": heads}
+    by_name = heads if isinstance(heads, Mapping) else {"heads": heads}
+    groups = {name: nodes_of(members) for name, members in by_name.items()}
     if not groups or {UNEDITED, ALL} & set(groups):
         raise CircuitError(f"heads has the groups {list(groups)}: name at least one, and none {UNEDITED!r} or {ALL!r}.")
     parse_heads(model, [head for members in groups.values() for head in members])

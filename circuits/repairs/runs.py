@@ -21,12 +21,12 @@ from mechinterp.metrics import is_preferred, is_top
 from mechinterp.models.attention import Prefix
 from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import ResidualStart, Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
 
-Attention = Sequence[str] | Int[Tensor, "row key"]
+Attention = Sequence[str] | Int[Tensor, "row *key"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def positions(task: Task, attention: Attention, at: Int[Tensor, "prompt"]) -> In
     """
     prompts = task.prompts
     if isinstance(attention, Tensor):
+        if attention.dim() != 2 or len(attention) != len(prompts):
+            shape = tuple(attention.shape)
+            raise TaskError(f"attention has shape {shape} and the task {len(prompts)} prompts. Give one row a prompt.")
         wanted = [list(row) for row in attention.tolist()]
-        if len(wanted) != len(prompts):
-            raise TaskError(f"attention has {len(wanted)} rows and the task {len(prompts)} prompts. Give one row a prompt.")
     else:
         names = [name.removeprefix("-") for name in attention]
         places = [named(prompts, name).tolist() for name in names]
@@ -76,6 +77,11 @@ def positions(task: Task, attention: Attention, at: Int[Tensor, "prompt"]) -> In
     return torch.tensor([[place for place in here for _ in range(width // len(here))] for here in wanted])
 
 
+def one_or_more(attention: Attention | str) -> Attention:
+    """A single name of a position is a list of one."""
+    return (attention,) if isinstance(attention, str) else attention
+
+
 def named(prompts: PromptBatch, name: str) -> Int[Tensor, "prompt"]:
     """A named position of each prompt; ``END`` is there even if the task does not name it."""
     known = {"END": prompts.end, **prompts.positions}
@@ -84,18 +90,19 @@ def named(prompts: PromptBatch, name: str) -> Int[Tensor, "prompt"]:
     return known[name]
 
 
-def parse_heads(model: Transformer, heads: Sequence[Node | str]) -> tuple[Node, ...]:
+def parse_heads(model: Transformer, heads: Node | str | Sequence[Node | str]) -> tuple[Node, ...]:
     """Heads of this model, each once. ``UnknownNode`` for what is none of them."""
     config, found = model.config, []
-    for name in heads:
-        head = Node.parse(name) if isinstance(name, str) else name
+    for head in nodes_of(heads):
         is_whole = head.kind == "head" and head.port is None and head.pos is None
         if not is_whole or not (head.layer < config.n_layers and head.index < config.n_heads):  # type: ignore[operator]
             there = f"a0.h0 to a{config.n_layers - 1}.h{config.n_heads - 1}"
             raise UnknownNode(f"{str(head)!r} is no head of {config.name}, whose heads are {there}.")
         found.append(head)
-    if not found or len(set(found)) < len(found):
-        raise CircuitError(f"heads {[str(head) for head in found]} are none, or name one twice. Name each head once.")
+    if not found:
+        raise CircuitError("no head is named. Name at least one, such as 'a0.h0'.")
+    if twice := [str(head) for head in found if found.count(head) > 1]:
+        raise CircuitError(f"{twice[0]!r} is named twice. Name each head once, in one group.")
     return tuple(found)
 
 

@@ -151,9 +151,13 @@ def propose(
     if n < 1 or breadth < 1 or batch_size < 1 or not 0 < share <= 1:
         given = f"n={n}, breadth={breadth}, batch_size={batch_size}, share={share}"
         raise CircuitError(f"{given}: give 1 or more of each, and a share above 0 and up to 1.")
+    if len(task) < 2:
+        raise TaskError("a gain on one prompt has no interval, so any head would seem to help. Search on 8 prompts or more.")
     measured = _metric(task, metric)
-    targets = {name: tuple(places) for name, places in attention.items()} if isinstance(attention, Mapping) else {}
-    targets = targets or {" ".join(attention): tuple(attention)}
+    given = attention if isinstance(attention, Mapping) else {" ".join(_listed(attention)): attention}
+    targets = {name: _listed(places) for name, places in given.items()}
+    if not targets:
+        raise CircuitError("there is no target to look at. Give at least one, such as attention={'the giver': ['S2']}.")
     query, heads = named(task.prompts, at), _candidates(model, scores, candidates)
     to = {name: positions(task, places, query) for name, places in targets.items()}
     disable = None if progress is None else not progress
@@ -218,6 +222,10 @@ def _forward(search: _Search, pairs: Sequence[Pair], unedited: Float[np.ndarray,
         chosen.append((head, target))
         steps.append(Trial(str(head), target, gain))
     return tuple(steps)
+
+
+def _listed(places: str | Sequence[str]) -> tuple[str, ...]:
+    return (places,) if isinstance(places, str) else tuple(places)
 
 
 def _candidates(model: Transformer, scores: Scores | None, candidates: int | Sequence[Node | str] | None) -> tuple[Node, ...]:

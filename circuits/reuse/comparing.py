@@ -60,6 +60,8 @@ def compare_tasks(
     named, known = by_name(tasks), {"ablation": ablation, "allow_unsolved": allow_unsolved, "settings": settings}
     known |= {"resume": resume, "progress": progress}
     check_shares(sizes)
+    if min(n_draws, n_random) < 0:
+        raise CircuitError(f"n_draws={n_draws} and n_random={n_random}: give 0 or more random circuits.")
     if len(named) < 2:
         raise CircuitError(f"it takes two tasks to share anything; there are {len(named)}: {', '.join(named) or 'none'}.")
     measured_on = named if on is None else _same_tasks("on", by_name(on), named)

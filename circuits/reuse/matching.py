@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from circuits.reuse.signatures import Features, Signatures
 from mechinterp.errors import CircuitError
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 
 IN_ANY_TASK = ("role", "text", "writes")
 OF_A_MODEL = ("repeated", "weights")
@@ -74,8 +74,8 @@ def same_role(
     signatures: Signatures,
     task_a: str,
     task_b: str,
-    heads_a: Iterable[Node | str],
-    heads_b: Iterable[Node | str],
+    heads_a: Node | str | Iterable[Node | str],
+    heads_b: Node | str | Iterable[Node | str],
     *,
     other: Signatures | None = None,
     kinds: Sequence[str] | None = None,
@@ -89,11 +89,14 @@ def same_role(
     which would tell a head of the same model by itself. Signatures should be of all heads: they are relative to the mean over
     those measured, and chance draws from them.
 
-    Raises ``CircuitError`` where a circuit is empty or no feature is shared, ``UnknownNode`` for heads not measured.
+    Raises ``CircuitError`` where a circuit is empty, nothing is drawn or no feature is shared, ``UnknownNode`` for heads not
+    measured.
     """
     one_model, there = other is None, signatures if other is None else other
     kinds = (*IN_ANY_TASK, *(() if one_model else OF_A_MODEL)) if kinds is None else kinds
-    rows_a, rows_b = ([table.row(head) for head in heads] for table, heads in ((signatures, heads_a), (there, heads_b)))
+    rows_a, rows_b = [signatures.row(head) for head in nodes_of(heads_a)], [there.row(head) for head in nodes_of(heads_b)]
+    if n_permutations < 1:
+        raise CircuitError(f"n_permutations={n_permutations} draws no circuit to compare with. Give 1 or more.")
     if not (rows_a and rows_b):
         raise CircuitError("a circuit without heads has no roles to share. Name at least one head of each.")
     names, alike = _likeness(_table(signatures, task_a, kinds), _table(there, task_b, kinds))

@@ -90,6 +90,8 @@ def overlap(
     >>> found.n_shared, found.jaccard, found.coefficient, round(found.chance.p_value, 3)
     (1, 0.3333333333333333, 0.5, 0.295)
     """
+    if n_draws < 0:
+        raise CircuitError(f"n_draws={n_draws} is no number of circuits. Give 0 or more.")
     kept = {name: Chosen.of(source, level, n) for name, source in sources.items()}
     _check(kept)
     draws = {}

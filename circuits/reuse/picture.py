@@ -21,6 +21,7 @@ from mechinterp.nodes import Node
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _INK, _PALE, _CHANCE, _DEGREES = "#222222", "#EFEFF1", "#888888", "#000000"
 _CELL = 0.3  # inches of a cell of the map
+_TITLE = 3.0  # inches of the title of the bars, which may be few
 
 
 def draw_reuse(
@@ -45,7 +46,8 @@ def draw_reuse(
     levels = {one.level: cut if one.level == found.items else node_cut for one in found.overlaps}
     bars = {level: _bars(found, level, at) for level, at in levels.items()}
     columns, rows = found.n_heads + (1.6 if found.has_mlp else 0), found.n_layers
-    widths = columns * _CELL + 0.8, 0.55 * (1 + max(map(len, bars.values()))), 0.55 * len(found.tasks) + 1.6
+    n_bars = max(map(len, bars.values()))
+    widths = columns * _CELL + 0.8, max(0.55 * (1 + n_bars), _TITLE), 0.55 * len(found.tasks) + 1.6
     height = max(rows * _CELL + 1.6, 2.7 * len(levels) + 0.9)
     figure = Figure(figsize=(sum(widths) + 1.6, height), dpi=dpi, facecolor="white", layout="constrained")
     parts = figure.add_gridspec(len(levels), 3, width_ratios=widths)

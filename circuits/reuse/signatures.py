@@ -21,7 +21,7 @@ from mechinterp.errors import CircuitError, TaskError, UnknownNode, nearest
 from mechinterp.files import array_from_text, array_to_text, read_document, to_document, write_text_atomically
 from mechinterp.head_scores import BACK, copying_scores, repetition_scores
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.tasks.base import Task
 
 _KIND, _VERSION = "mechinterp head signatures", 1
@@ -66,7 +66,7 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Signatures:
-    """What ``signatures`` measured: a table of features a task, and one of those that need none (``ALONE``).
+    """What ``measure_signatures`` found: a table of features a task, and one of those that need none (``ALONE``).
 
     ``chance`` is what even attention would give the "repeated" features.
     """
@@ -165,7 +165,7 @@ class Signatures:
 def measure_signatures(
     model: Transformer,
     tasks: Mapping[str, Task] | Sequence[Task],
-    heads: Iterable[Node | str] | None = None,
+    heads: Node | str | Iterable[Node | str] | None = None,
     *,
     n_repeated: int = 32,
     batch_size: int = 16,
@@ -189,7 +189,7 @@ def measure_signatures(
     """
     named = _named(tasks)
     everyone = [Node.head(layer, head) for layer in range(model.config.n_layers) for head in range(model.config.n_heads)]
-    chosen = tuple(everyone) if heads is None else tuple(sorted({Node.parse(str(head)) for head in heads}))
+    chosen = tuple(everyone) if heads is None else tuple(sorted(set(nodes_of(heads))))
     if strangers := [str(head) for head in chosen if head not in everyone]:
         raise UnknownNode(
             f"{strangers[0]!r} is not a whole head of {model.config.name}.{nearest(strangers[0], map(str, everyone))}"

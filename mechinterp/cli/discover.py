@@ -11,11 +11,11 @@ from mechinterp.cli import say, watched
 from mechinterp.cli.inputs import check_choices, check_positive, load_model, make_tasks
 from mechinterp.cli.owners import clashes
 from mechinterp.cli.results import folder_written_whole
-from mechinterp.errors import CircuitError
+from mechinterp.errors import CircuitError, TaskError
 
 FILES = ("circuit.json", "circuit.png", "report.json", "scores.json")
 CODES = "codes.json"  # of methods by codes, beside the others
-N_PARTS = 20
+N_EDGES, N_PARTS = 100, 20  # unless asked for others
 
 
 def discover(
@@ -23,7 +23,9 @@ def discover(
     model: Annotated[str, typer.Option(help="builtin, a model's name, or a directory with weights.")] = "builtin",
     method: Annotated[str, typer.Option(help="How edges are scored (see `mechinterp methods`).")] = "eap-ig",
     prompts: Annotated[int, typer.Option(help="How many prompt pairs (from a file: at most).")] = 64,
-    edges: Annotated[int, typer.Option(help="How many edges the circuit keeps.")] = 100,
+    edges: Annotated[
+        int | None, typer.Option(help="How many edges the circuit keeps. Default: 100, or all in a smaller model.")
+    ] = None,
     parts: Annotated[
         int | None,
         typer.Option(help="How many heads and MLPs, by a method that scores them. Default: those that stand out, or 20."),
@@ -47,6 +49,7 @@ def discover(
     """Find the circuit that carries a task; draw it, measure it, save it."""
     from circuits import attention_roles, evaluate
     from circuits import discover as score
+    from circuits.discovery import WATCHING
 
     check_positive("--prompts", prompts)
     check_choices([method], ablation)
@@ -57,7 +60,7 @@ def discover(
         for warning in clashes():
             say.warn(warning)
         transformer = load_model(model, device)
-        _check_sizes(transformer.config, model, edges, parts)
+        edges = _checked_sizes(transformer.config, model, edges, parts)
         made, fresh = make_tasks(task, transformer, prompts, seed, corruption, trust_ids)
         say.what_is_analysed(model, transformer, made, allow_unsolved)
         started, shows_progress = time.perf_counter(), sys.stderr.isatty()
@@ -74,22 +77,31 @@ def discover(
             roles = attention_roles(transformer, fresh, circuit.heads, n=2)
             say.circuit_found(circuit, scores, roles)
             settings = {"ablation": ablation, "seed": seed, "allow_unsolved": True, "progress": shows_progress}
-            report = evaluate(transformer, fresh, circuit, scores, **settings)
-            circuit.graph.update(report.facts)
-            say.how_faithful(report, fresh is not made)
+            try:
+                report = evaluate(transformer, fresh, circuit, scores, **settings)
+            except TaskError as problem:  # those that watch have found what they find, faithful or not
+                if method not in WATCHING:
+                    raise
+                say.warn(f"the circuit could not be measured: {problem}")
+            else:
+                circuit.graph.update(report.facts)
+                say.how_faithful(report, fresh is not made)
         _save(scratch, out.name if is_file else None, circuit, scores, report, meanings)
         written = sorted(file.name for file in scratch.iterdir())
     print(f"\nWritten to {out.parent if is_file else out}: {', '.join(written)}")
 
 
-def _check_sizes(config: Any, name: str, edges: int, parts: int | None) -> None:
+def _checked_sizes(config: Any, name: str, edges: int | None, parts: int | None) -> int:
+    """How many edges to keep; ``CircuitError`` for what the model cannot give."""
     from circuits import Wiring
 
     for option, n in (("--edges", edges), ("--parts", parts)):
         if n is not None and n < 1:
             raise CircuitError(f"{option} {n} keeps nothing. Ask for at least 1.")
-    if edges > (there_are := Wiring.of(config).n_edges):
+    there_are = Wiring.of(config).n_edges
+    if edges is not None and edges > there_are:
         raise CircuitError(f"--edges {edges:,} is more than {name} has. Ask for 1 to {there_are:,}.")
+    return min(N_EDGES, there_are) if edges is None else edges
 
 
 def _own_settings(method: str, positions: str | None, train_examples: int | None) -> dict[str, Any]:
@@ -119,6 +131,10 @@ def _circuit(scores: Any, method: str, edges: int, parts: int | None, threshold:
     """Cut as the method is meant to be: ACDC at its own threshold, shares of a reader from the logits upstream."""
     from circuits.discovery import CUT_GREEDILY
 
+    if scores.items == "node" and threshold is not None:
+        say.warn(f"--threshold is for edges, and {method!r} scores parts: it was not used. Ask for --parts.")
+    if scores.items == "edge" and parts is not None:
+        say.warn(f"--parts is for methods that score parts, and {method!r} scores edges: it was not used. Ask for --edges.")
     if scores.items == "node":
         chosen = scores.settings.get("selected")
         return scores.among(chosen) if chosen and parts is None else scores.top(parts or min(N_PARTS, scores.n_selectable))
@@ -169,4 +185,5 @@ def _save(folder: Path, circuit_file: str | None, circuit: Any, scores: Any, rep
     if circuit is not None:
         circuit.save(folder / "circuit.json")
         circuit.save(folder / "circuit.png")
+    if report is not None:
         report.save(folder / "report.json")

@@ -10,6 +10,7 @@ from mechinterp.cli import say
 from mechinterp.cli.inputs import check_positive, load_model, make_tasks
 from mechinterp.cli.owners import clashes
 from mechinterp.cli.results import folder_written_whole
+from mechinterp.cli.words import dropped_in_words
 from mechinterp.errors import CircuitError
 
 FILES = ("repair.json", "repair.png", "proposal.json")
@@ -41,8 +42,10 @@ def repair(
 
     for option, number in (("--prompts", prompts), ("--most", most), ("--batch-size", batch_size)):
         check_positive(option, number)
-    if random < 0 or (heads is not None and len(to) > 1):
-        raise CircuitError("--random takes 0 or more draws, and heads that are named one --to; several are for a search.")
+    if random < 0:
+        raise CircuitError(f"--random {random} is no number of draws. Ask for 0 or more.")
+    if heads is not None and len(to) > 1:
+        raise CircuitError(f"--heads are named, and --to {len(to)} times: they take one --to. Several are for a search.")
     targets = {places: [name.strip() for name in places.split(",") if name.strip()] for places in to}
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
     out = out or Path(f"mechinterp-repair-{Path(task).stem}")
@@ -51,9 +54,16 @@ def repair(
             say.warn(warning)
         transformer = load_model(model, device)
         search, fresh = make_tasks(task, transformer, prompts, seed, corruption, trust_ids)
+        if dropped := dropped_in_words(fresh.notes.get("dropped")):
+            print(f"left out: {dropped}\n")
+        if heads is None and fresh is search:
+            raise CircuitError(
+                f"{task} has {len(fresh)} usable prompts, and a search on all of them leaves none to judge it by. Search on "
+                f"fewer (--prompts {max(len(fresh) // 2, 1)}), name --heads, or add prompts."
+            )
         if heads is None:
             proposal = propose(transformer, search, attention=targets, n=most, at=at, **settings)
-            print(proposal, "\n", sep="\n")
+            print(f"{proposal}\n")
             edit = proposal.edit
             proposal.save(scratch / "proposal.json")
         else:

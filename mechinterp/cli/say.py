@@ -58,6 +58,8 @@ def circuit_found(circuit: Any, scores: Any, roles: Mapping[Any, Sequence[Any]])
     print(f"effect: sum of |score| over kept edges out, in {scores.unit}; in, out: how many parts it reads from and feeds")
     if watched.is_watched(scores):
         watched.what_was_counted(scores)
+    if note := scores.settings.get("edges_are"):
+        warn(f"an edge by {scores.method!r} is {note}. Do not take a circuit from these scores alone.")
 
 
 def parts_ranked(scores: Any, roles: Mapping[Any, Sequence[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What ``mechinterp discover`` says of methods that watch what parts write and change nothing: codes and probes."""
+"""What ``mechinterp discover`` says of methods that watch what parts write and change nothing: codes, probes, divergence."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,14 +12,15 @@ SCORES = {
     "codes-count": "codes of the part that occur on clean prompts and on no corrupted one, beyond chance",
     "codes-paper": "codes of the head that occur on clean prompts and on no corrupted one, as published, in a softmax",
     "codes-edges": "nats that two codes tell together beyond each alone (negative: they say the same), beyond chance",
+    "divergence": "how far the part's output moves when what differs is blanked, as a fraction of its size (0 to 1)",
     "probe": "area under the ROC curve of a linear probe of the part for clean or corrupted, beyond chance",
 }
 _N_EXPLAINED = (3, 2)  # parts, and codes of each
 
 
 def is_watched(scores: Any) -> bool:
-    """Whether examples were counted, and nothing was cut."""
-    return "n_counted" in scores.settings
+    """Whether parts were watched, and nothing was cut."""
+    return scores.method in SCORES or "n_counted" in scores.settings
 
 
 def parts_ranked(scores: Any, looks: Mapping[str, str], n: int) -> None:
@@ -43,7 +44,7 @@ def what_was_counted(scores: Any, columns: Collection[str] = ()) -> None:
     items = "pairs of parts" if scores.items == "edge" else "parts"
     print(f"score: {SCORES.get(scores.method, scores.unit)}; what {items} know, not what they do")
     if "q" in columns:
-        print("q: the rate of false discoveries among parts that score as much")
+        print("q: the rate of false discoveries among parts at least as far beyond their own chance level")
     if "untrained" in columns:
         print("untrained: the same score by autoencoders that were never trained, to be beaten")
     told = ["this method has no threshold of its own"]

@@ -133,6 +133,9 @@ def test_what_cannot_be_explained_is_refused(planted, scores):
         explain_codes(other.model, other.task, scores)
     with pytest.raises(CircuitError, match="must be at least 1"):
         explain_codes(planted.model, planted.task, scores, n_codes=0)
+    untrained = coded(examples_of(planted.model, planted.task, "S2", 20), CodeSettings(n_train=20, steps=100, trained=False))
+    with pytest.raises(CircuitError, match=r"trained=False for True, positions=\['S2'\] for \['END'\]\. Leave it out"):
+        explain_codes(planted.model, planted.task, scores, made=untrained)
     watched = patching(planted.model, planted.task)
     assert not is_explainable(watched)
     with pytest.raises(CircuitError, match="do not say how codes are made"):

@@ -5,6 +5,7 @@ import pytest
 
 from circuits.code_statistics import (
     beyond_chance,
+    check_test,
     columns_of,
     false_discovery_rates,
     information,
@@ -130,3 +131,17 @@ def test_columns_belong_to_parts():
     hot, owner = columns_of(np.array([[3, 0], [5, 0], [3, 0]]))
     assert hot.tolist() == [[1, 0, 1], [0, 1, 1], [1, 0, 1]]
     assert owner.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_permutations": 0, "level": 0.05}, "n_permutations=0 says nothing of chance"),
+        ({"n_permutations": -3, "level": 0.05}, "Give at least 1"),
+        ({"n_permutations": 9, "level": 2.0}, "level=2.0 is no rate"),
+        ({"n_permutations": 9, "level": float("nan")}, "between 0 and 1"),
+    ],
+)
+def test_a_test_needs_permutations_and_a_level(given, message):
+    with pytest.raises(CircuitError, match=message):
+        check_test(**given)

@@ -154,3 +154,17 @@ def test_where_every_token_is_drawn_anew_all_of_every_parts_variance_is_due_to_t
 def test_what_cannot_be_is_said(plain, make_task, settings, message):
     with pytest.raises(CircuitError, match=message):
         divergence(plain, make_task(plain), **settings)
+
+
+def test_in_half_precision_parts_move_as_far_as_they_do_in_full(plain, make_task):
+    task = make_task(plain)
+    full, half = (divergence(model, task).values for model in (plain, plain.to(dtype=torch.bfloat16)))
+    assert (half[1:] > 0).all()
+    assert np.allclose(half, full, atol=0.02)
+
+
+def test_no_position_is_refused_and_one_token_may_be_named_alone(plain, make_task):
+    task = make_task(plain)
+    with pytest.raises(CircuitError, match="no position is named.* END"):
+        divergence(plain, task, positions=())
+    assert divergence(plain, task, tokens="END") == divergence(plain, task, tokens=["END"])

@@ -169,6 +169,8 @@ def test_heads_write_what_transformer_lens_says(lens, make_hooked, plain, tokens
         ({"level": "edges"}, CircuitError, "Did you mean 'edge'"),
         ({"softmax": "head"}, CircuitError, "there are all, layer, and None"),
         ({"positions": "last"}, SAEError, "there is no position 'last'"),
+        ({"positions": ("END", "mean")}, SAEError, "read at one position, and END, mean are given"),
+        ({"positions": ()}, SAEError, "none are given"),
         ({"n_train": 17}, SAEError, "cannot be drawn from 8 positives and 8 negatives"),
         ({"steps": 0}, SAEError, "steps=0 trains nothing"),
     ],
@@ -176,6 +178,10 @@ def test_heads_write_what_transformer_lens_says(lens, make_hooked, plain, tokens
 def test_what_cannot_be_scored_is_said(plain, task, given, error, message):
     with pytest.raises(error, match=message):
         paper_codes(plain, task, **given)
+
+
+def test_one_position_may_be_named_alone_or_in_a_list(plain, task):
+    assert paper_codes(plain, task, positions=("END",), **QUICK) == paper_codes(plain, task, positions="END", **QUICK)
 
 
 def test_prompts_that_differ_nowhere_are_refused(plain, make_task):

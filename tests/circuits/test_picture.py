@@ -60,6 +60,13 @@ def test_title_and_legend_say_what_is_shown(circuit):
     assert {"score: logit_diff", "read as query (left)", "negative: hurts"} <= set(words)
 
 
+def test_edges_that_are_no_effects_are_not_said_to_help_or_hurt(circuit):
+    circuit.graph["method"] = "codes-edges"
+    words = texts(draw(circuit))
+    assert "negative: less than each alone" in words
+    assert not any("hurts" in text for text in words)
+
+
 def test_a_large_circuit_is_cut_to_its_strongest_edges_and_says_so(circuit):
     figure = draw(circuit, max_edges=10)
     assert any("the strongest 10 of 40 edges" in text for text in texts(figure))

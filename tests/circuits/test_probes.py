@@ -114,3 +114,9 @@ def test_parts_that_all_write_the_same_are_refused(examples):
 def test_too_few_prompts_are_refused(plain, make_task):
     with pytest.raises(SAEError, match="cannot train on 5"):
         probe(plain, make_task(plain, n_prompts=6))
+
+
+@pytest.mark.parametrize("n_train", [0, 1])
+def test_a_probe_needs_an_example_of_each_kind(plain, task, n_train):
+    with pytest.raises(SAEError, match="cannot hold a positive and a negative example"):
+        probe(plain, task, n_train=n_train)

@@ -83,6 +83,12 @@ def test_a_search_finds_nothing_where_nothing_is_wrong(planted):
         _ = proposal.edit
 
 
+def test_one_prompt_is_too_few_to_search_on(planted, broken):
+    one = replace(planted.task, prompts=planted.task.prompts[:1])
+    with pytest.raises(TaskError, match="one prompt has no interval"):
+        propose(broken, one, attention=PLACES)
+
+
 def test_what_a_head_does_alone_is_what_editing_it_alone_gives(planted, broken):
     proposal = propose(broken, planted.task, attention=PLACES, n=1, batch_size=7)
     prompts = planted.task.prompts
@@ -194,6 +200,9 @@ def test_positions_may_leave_out_what_differs_from_prompt_to_prompt(planted):
         ({"attention": ["IO", "-IO"]}, TaskError, "no position is left"),
         ({"attention": ["END"], "at": "S2"}, TaskError, "not among those up to 6"),
         ({"attention": torch.tensor([[1]])}, TaskError, "one row a prompt"),
+        ({"attention": torch.ones(24, dtype=torch.long)}, TaskError, r"shape \(24,\)"),
+        ({"heads": []}, CircuitError, "no head is named"),
+        ({"heads": {"one": ["a1.h0"], "two": ["a1.h0"]}}, CircuitError, "'a1.h0' is named twice"),
         ({"attention": {"other": ["S2"]}}, CircuitError, "Give each group its own"),
         ({"heads": ["a9.h0"]}, UnknownNode, "a0.h0 to a3.h3"),
         ({"heads": ["m1"]}, MechinterpError, "no head"),
@@ -206,6 +215,17 @@ def test_positions_may_leave_out_what_differs_from_prompt_to_prompt(planted):
 def test_refusals_say_what_would_be_right(planted, change, error, match):
     with pytest.raises(error, match=match):
         repair(planted.model, planted.task, **{"heads": ["a1.h0"], "attention": ["S2"], "n_random": 0} | change)
+
+
+def test_one_head_and_one_place_need_no_list(planted):
+    listed, alone = (
+        repair(planted.model, planted.task, heads, place, n_random=0) for heads, place in ((["a1.h0"], ["S2"]), ("a1.h0", "S2"))
+    )
+    assert listed == alone
+    (trial,) = propose(planted.model, planted.task, attention={"there": "S2"}, candidates="a1.h0").alone
+    assert (trial.head, trial.target) == ("a1.h0", "there")
+    with pytest.raises(CircuitError, match="no target to look at"):
+        propose(planted.model, planted.task, attention={})
 
 
 def test_wrong_answers_are_told_apart():

@@ -180,6 +180,8 @@ def test_comparisons_that_make_no_sense_are_refused(plain, tasks):
         compare_tasks(plain, tasks, "neurons", **QUICK)
     with pytest.raises(CircuitError, match="on is of one; give the tasks one, same, other"):
         compare_tasks(plain, tasks, "patching", on={"one": tasks["one"]}, **QUICK)
+    with pytest.raises(CircuitError, match="n_random=-1: give 0 or more"):
+        compare_tasks(plain, tasks, "eap", n_random=-1)
     with pytest.raises(CircuitError, match="1.5 is no share"):
         compare_tasks(plain, tasks, "patching", **QUICK | {"sizes": (1.5,)})
 

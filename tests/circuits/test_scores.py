@@ -231,3 +231,4 @@ def test_methods_that_judge_heads_alone_keep_all_mlps():
     with pytest.raises(UnknownNode, match="'m0' is not among the parts that were scored"):
         scores.among(["m0"])
     assert not Scores(wiring, values, **about).among(["a0.h1", "a1.h1"]).mlps
+    assert scores.among("a0.h1").edges_kept == scores.among(["a0.h1"]).edges_kept

@@ -245,6 +245,8 @@ def test_what_was_not_measured_is_said(planted, measured):
         measure_signatures(planted.model, [planted.task, planted.task], progress=False)
     with pytest.raises(CircuitError, match="a circuit without heads"):
         same_role(measured, TASK, TASK, [], planted.roles.values())
+    with pytest.raises(CircuitError, match="n_permutations=0 draws no circuit"):
+        same_role(measured, TASK, TASK, "a0.h0", "a0.h0", n_permutations=0)
     with pytest.raises(CircuitError, match="'rolle' is no kind of feature.*Did you mean 'role'"):
         same_role(measured, TASK, TASK, planted.roles.values(), planted.roles.values(), kinds=["rolle"])
     with pytest.raises(CircuitError, match="2 features need so many"):

@@ -97,6 +97,7 @@ def test_no_new_tokens_are_no_tokens(plain, tokens):
         ({"n_new": 3}, "3 tokens after 7 make 10, and plain reads 9. Ask for at most 2"),
         ({"n_new": -1}, "n_new=-1"),
         ({"n_new": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"n_new": 1, "temperature": float("nan")}, "temperature=nan"),
         ({"n_new": 1, "ends": torch.tensor([6, 7, 1, 1])}, r"cannot end at \[6, 7, 1, 1\]"),
         ({"n_new": 1, "ends": torch.tensor([6, -1, 1, 1])}, r"cannot end at \[6, -1, 1, 1\]"),
     ],
@@ -104,6 +105,19 @@ def test_no_new_tokens_are_no_tokens(plain, tokens):
 def test_what_cannot_be_written_is_said(plain, tokens, settings, says):
     with pytest.raises(ModelError, match=says):
         generate(plain, tokens, **settings)
+
+
+@pytest.mark.parametrize(("prompts", "says"), [(["Then"], "given as list"), (torch.tensor([1, 2]), r"shape \(2,\)")])
+def test_prompts_are_one_text_or_rows_of_tokens(plain, prompts, says):
+    with pytest.raises(ModelError, match=says):
+        generate(plain, prompts, 1)
+
+
+def test_padding_is_refused_where_it_would_be_read(make_model, tokens):
+    model = make_model(causal=False)
+    assert generate(model, tokens, 1).shape == (4, 1)
+    with pytest.raises(ModelError, match="not causal.*prompts of one length"):
+        generate(model, tokens, 1, ends=ENDS)
 
 
 def test_a_text_needs_a_tokenizer_and_a_word(plain, builtin):

@@ -19,6 +19,7 @@ from mechinterp.interventions import (
 )
 from mechinterp.models.attention import Prefix
 from mechinterp.models.transformer import ResidualStart, Transformer
+from mechinterp.positions import refuse_misshapen
 from mechinterp.sites import Site
 
 AT = torch.tensor([6, 3, 5, 4])  # prompts of four lengths, padded on the right
@@ -362,6 +363,21 @@ def test_what_the_prompts_or_the_model_lack_is_said_in_the_pass(plain, tokens, e
 def test_what_means_nothing_is_said_at_once(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "n_axes", "says"),
+    [
+        (AT, 2, r"shape \(4,\).*a row a prompt, such as prompts.end\[:, None\]"),
+        (KEYS, 1, r"shape \(4, 2\).*a position a prompt, such as prompts.end"),
+        (AT.float(), 1, "float32.*whole numbers"),
+        ([1, 2], 1, r"given as \[1, 2\]"),
+        (5, 1, "given as 5"),
+    ],
+)
+def test_positions_of_another_form_are_refused(given, n_axes, says):
+    with pytest.raises(ModelError, match=says):
+        refuse_misshapen(given, n_axes)
 
 
 def test_what_was_not_recorded_or_does_not_fit_cannot_be_patched_in(plain, tokens):
