@@ -37,8 +37,8 @@ from circuits.ablation import replacement_for
 from circuits.discovery.cdt_search import PAPER
 from circuits.discovery.cdt_table import Part
 from circuits.discovery.heads_alone import HeadsAlone
-from circuits.fitness import fitness
 from circuits.ground_truth import PublishedCircuit, heads_of
+from circuits.solving import fitness
 from circuits.statistics import auroc
 from circuits.wiring import Wiring
 from mechinterp import TASKS, Node, Task, Transformer, load

@@ -4,8 +4,8 @@ from circuits.code_meanings import explain_codes as explain_codes
 from circuits.comparing import compare as compare
 from circuits.comparison import Comparison as Comparison
 from circuits.comparison_picture import draw_comparison as draw_comparison
-from circuits.completeness import completeness as completeness
-from circuits.completeness import minimality as minimality
+from circuits.criteria import completeness as completeness
+from circuits.criteria import minimality as minimality
 from circuits.curves import Curve as Curve
 from circuits.curves import faithfulness_curve as faithfulness_curve
 from circuits.discovery import ALGORITHMS as ALGORITHMS
@@ -20,7 +20,6 @@ from circuits.discovery.paths import path_patching as path_patching
 from circuits.discovery.stages import staged as staged
 from circuits.discovery.stages import staged_circuit as staged_circuit
 from circuits.evaluation import evaluate as evaluate
-from circuits.fitness import fitness as fitness
 from circuits.graph import Circuit as Circuit
 from circuits.hypotheses import hypothesis_tests as hypothesis_tests
 from circuits.latent_graph import LatentReport as LatentReport
@@ -55,4 +54,5 @@ from circuits.roles import attention_roles as attention_roles
 from circuits.running import run_circuit as run_circuit
 from circuits.scores import Scores as Scores
 from circuits.sinks import sink_effect as sink_effect
+from circuits.solving import fitness as fitness
 from circuits.wiring import Wiring as Wiring

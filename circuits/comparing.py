@@ -20,8 +20,8 @@ from circuits.curves import SIZES, Curve, Cuts
 from circuits.discovery import CUT_GREEDILY, discover, known_method, settings_of
 from circuits.discovery.walk import digest
 from circuits.ends import Ends
-from circuits.fitness import fitness
 from circuits.scores import Scores
+from circuits.solving import fitness
 from circuits.statistics import random_circuits, ratio_of_means, stability
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, MechinterpError

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from circuits.ablation import Ablation
 from circuits.curves import SIZES, Cuts
 from circuits.ends import Ends
-from circuits.fitness import fitness
 from circuits.graph import Circuit
 from circuits.report import Report
 from circuits.running import measure_circuits
 from circuits.scores import Scores
+from circuits.solving import fitness
 from circuits.statistics import (
     bootstrap_interval,
     may_be_zero,

@@ -1,8 +1,9 @@
 """The public names: complete, resolvable, and cheap to import."""
 
-import importlib
+import importlib.util
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +17,14 @@ def test_every_public_name_resolves(package):
     for name in getattr(face, "__all__", ()):
         assert getattr(face, name) is not None
         assert name in dir(face)
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_no_module_hides_a_public_name(package):
+    """Once ``circuits.x`` is imported, ``from circuits import x`` gives the module and no longer the function."""
+    face = importlib.import_module(package)
+    public = [name for name in getattr(face, "__all__", ()) if not isinstance(getattr(face, name), ModuleType)]
+    assert [name for name in public if importlib.util.find_spec(f"{package}.{name}")] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

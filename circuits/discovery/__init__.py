@@ -24,8 +24,8 @@ from circuits.discovery.probes import probe
 from circuits.discovery.relp import relp
 from circuits.discovery.subnetwork import subnetwork_probing
 from circuits.discovery.walk import WalkSettings
-from circuits.fitness import fitness
 from circuits.scores import Scores
+from circuits.solving import fitness
 from mechinterp.errors import CircuitError, nearest
 from mechinterp.models.transformer import Transformer
 from mechinterp.tasks.base import Task

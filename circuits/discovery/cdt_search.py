@@ -37,8 +37,8 @@ import numpy as np
 from circuits.ablation import Ablation, replacement_for
 from circuits.discovery.cdt_table import Part, RelevanceTable, check_positions, relevance_table, table_key
 from circuits.discovery.heads_alone import HeadsAlone
-from circuits.fitness import fitness
 from circuits.graph import Circuit
+from circuits.solving import fitness
 from circuits.wiring import Wiring
 from mechinterp.decomposition import Rules, rules_name
 from mechinterp.errors import CircuitError

@@ -17,7 +17,7 @@ def warn(text: str) -> None:
 
 def what_is_analysed(name: str, transformer: Any, task: Any, allow_unsolved: bool) -> None:
     """The model, the task by example, and how well the one does the other; ``TaskError`` where it does not."""
-    from circuits.fitness import fitness
+    from circuits.solving import fitness
     from circuits.statistics import may_be_zero
 
     print(f"Model   {name}: {model_in_words(transformer.config)}")

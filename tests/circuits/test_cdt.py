@@ -17,8 +17,8 @@ from circuits.discovery.cdt_table import RELEVANCES, Part, relevance_table
 from circuits.discovery.heads_alone import HeadsAlone
 from circuits.discovery.nodes import patching
 from circuits.discovery.relp import relp
-from circuits.fitness import fitness
 from circuits.running import run_circuits
+from circuits.solving import fitness
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.decomposition import RULE_SETS, Source

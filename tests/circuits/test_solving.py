@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from circuits import discover, evaluate
-from circuits.fitness import fitness
+from circuits.solving import fitness
 from mechinterp.errors import CircuitError, TaskError
 from mechinterp.models.compiled import COMPILED
 

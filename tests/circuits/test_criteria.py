@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from circuits.completeness import Completeness, Minimality, completeness, minimality
+from circuits.criteria import Completeness, Minimality, completeness, minimality
 from circuits.graph import Circuit
 from circuits.ground_truth import Citation, PublishedCircuit
 from circuits.knockouts import Runs, parts_of, search
