@@ -9,21 +9,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from circuits import selection
 from circuits.graph import Circuit
+from circuits.items import Items, count_of, names_of
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, UnknownNode, nearest
 from mechinterp.files import array_from_text, array_to_text, read_document, to_document, write_text_atomically
 from mechinterp.nodes import Node
 
 _KIND, _VERSION = "mechinterp scores", 2
-
-Items = Literal["edge", "node", "port", "neuron", "latent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +80,7 @@ class Scores:
     def names(self) -> tuple[str, ...]:
         """What ``values`` counts: edges ``m4->a9.h6.q``, writers ``a9.h6``, ports ``a9.h6.q``, neurons ``m4.n17`` or latents
         ``f5.1234``, each layer's followed by ``f5.error``."""
-        if self.items == "edge":
-            return self.wiring.edge_names
-        if self.items == "node":
-            return tuple(map(str, self.wiring.writers))
-        if self.items == "port":
-            return tuple(str(reader) for reader in self.wiring.readers if reader.port)
-        if self.items == "latent":
-            sizes = self._latents_a_layer().items()
-            return tuple(f"f{layer}.{latent}" for layer, size in sizes for latent in (*range(size), "error"))
-        width = len(self) // self.wiring.n_layers
-        return tuple(f"m{layer}.n{neuron}" for layer in range(self.wiring.n_layers) for neuron in range(width))
+        return names_of(self.items, self.wiring, self.settings, len(self))
 
     @property
     def nodes(self) -> Float[np.ndarray, "writer"]:
@@ -269,7 +258,7 @@ class Scores:
                 raise CircuitError(f"A circuit of {n} {self.items}s cannot be cut out of {available} scored ones: {remedy}.")
 
     def _checked(self, name: str, values: np.ndarray, n_axes: int = 1) -> Float[np.ndarray, "..."]:
-        n_items = self._n_items(values.shape[-1] if values.ndim else 0)
+        n_items = count_of(self.items, self.wiring, self.settings, values.shape[-1] if values.ndim else 0)
         if values.ndim != n_axes or values.shape[-1] != n_items:
             wanted = f"({n_items},)" if n_axes == 1 else f"(n_prompts, {n_items})"
             raise CircuitError(f"{name} must have one number a {self.items}, shape {wanted}, not {values.shape}.")
@@ -280,23 +269,6 @@ class Scores:
             )
         values.setflags(write=False)
         return values
-
-    def _latents_a_layer(self) -> dict[int, int]:
-        try:
-            return {int(layer): int(size) for layer, size in self.settings["latents"].items()}
-        except (KeyError, AttributeError, TypeError, ValueError):
-            raise CircuitError(
-                'latent scores must say how many latents each layer has, as in settings={"latents": {"5": 1024}}.'
-            ) from None
-
-    def _n_items(self, given: int) -> int:
-        """How many numbers there must be; a wiring does not know how wide an MLP is, so neurons come in whole layers."""
-        if self.items == "latent":
-            return sum(size + 1 for size in self._latents_a_layer().values())
-        layers, heads = self.wiring.n_layers, self.wiring.n_heads
-        whole_layers = max(given // layers, 1) * layers
-        sizes = {"edge": self.wiring.n_edges, "node": len(self.wiring.writers), "port": 3 * layers * heads}
-        return {**sizes, "neuron": whole_layers}[self.items]
 
 
 def _equal_or_absent(one: np.ndarray | None, other: np.ndarray | None) -> bool:

@@ -26,7 +26,8 @@ from circuits.ablation import Ablation
 from circuits.discovery.backward import INPUT, Backward, Gradients, by_span, check_steps, in_parts, written
 from circuits.discovery.qk_fix import Rows
 from circuits.discovery.walk import Walk, WalkSettings
-from circuits.scores import Items, Scores
+from circuits.items import Items
+from circuits.scores import Scores
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.errors import CircuitError

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation, Replacement, replacement_for
-from circuits.scores import Items, Scores
+from circuits.items import Items
+from circuits.scores import Scores
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.errors import CircuitError, TaskError
