@@ -92,8 +92,7 @@ def codes_edges(
     facts["untrained"] = _standing_out(untrained, wiring) | {"rank_correlation": alike}
     method = "codes-edges" if score == "interaction" else f"codes-edges-{score}"
     values = on_edges(found.values, wiring)
-    made_of = scores_of(model, task, method, values, "none", settings=facts, items="edge", unit="nats", allow_zero=True)
-    return replace(made_of, settings={name: value for name, value in made_of.settings.items() if name != "ablation"})
+    return scores_of(model, task, method, values, None, settings=facts, items="edge", unit="nats", allow_zero=True)
 
 
 def readable(wiring: Wiring) -> Int[np.ndarray, "node"]:

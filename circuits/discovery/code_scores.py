@@ -72,10 +72,8 @@ def in_scores(examples: Examples, values: Value, method: str, unit: str, facts: 
         facts = facts | {"judged": ["head"]}
     by_part = dict(zip(examples.parts, values.tolist(), strict=True))
     writers = np.array([by_part.get(writer, 0.0) for writer in Wiring.of(examples.model.config).writers])
-    found = scores_of(
-        examples.model, examples.task, method, writers, "none", settings=facts, items="node", unit=unit, allow_zero=True
-    )
-    return replace(found, settings={name: value for name, value in found.settings.items() if name != "ablation"})
+    about: dict[str, Any] = {"settings": facts, "items": "node", "unit": unit, "allow_zero": True}
+    return scores_of(examples.model, examples.task, method, writers, None, **about)
 
 
 def facts_of(examples: Examples, found: Judged) -> dict[str, Any]:

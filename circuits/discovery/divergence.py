@@ -21,7 +21,7 @@ hand, whose distractors are loud, "size" ranks every head of the circuit first (
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -216,5 +216,4 @@ def _in_scores(model: Transformer, task: Task, fractions: Parts, facts: Mapping[
     chosen = fractions[best, :, torch.arange(len(best), device=best.device)].T
     per_prompt = torch.cat([torch.zeros_like(chosen[:, :1]), chosen], 1).cpu().numpy()
     facts = {"settings": facts, "items": "node", "unit": "fraction", "per_prompt": per_prompt}
-    found = scores_of(model, task, "divergence", per_prompt.mean(0), "none", **facts, allow_zero=True)
-    return replace(found, settings={name: value for name, value in found.settings.items() if name != "ablation"})
+    return scores_of(model, task, "divergence", per_prompt.mean(0), None, **facts, allow_zero=True)

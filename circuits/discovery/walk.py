@@ -169,7 +169,7 @@ def scores_of(
     task: Task,
     method: str,
     values: Float[np.ndarray, "item"],
-    ablation: str,
+    ablation: str | None,
     *,
     settings: Mapping[str, Any] | None = None,
     items: Items = "edge",
@@ -178,7 +178,8 @@ def scores_of(
     by_span: Mapping[str, Float[np.ndarray, "item"]] | None = None,
     allow_zero: bool = False,
 ) -> Scores:
-    """A method's numbers with where they came from. ``unit``: None for the task's metric.
+    """A method's numbers with where they came from. ``unit``: None for the task's metric. ``ablation``: None where
+    nothing was replaced.
 
     Raises ``TaskError`` where every item scores exactly zero, unless ``allow_zero`` (only some items were asked for).
     """
@@ -202,5 +203,6 @@ def scores_of(
     )
 
 
-def _facts(task: Task, ablation: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"corruption": task.corruption, "n_prompts": len(task), "ablation": ablation, **settings}
+def _facts(task: Task, ablation: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    replaced = {} if ablation is None else {"ablation": ablation}
+    return {"corruption": task.corruption, "n_prompts": len(task), **replaced, **settings}
