@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.hugging_face import HuggingFace
 from benchmarks.measure import RESULTS
 from mechinterp import load
 from mechinterp.sites import Site
@@ -88,7 +87,7 @@ def builtin() -> tuple[Any, Corpus, Corpus]:
 
 def stories(directory: Path, text: str) -> tuple[Any, Corpus, Corpus]:
     """A directory's model on text: nine documents in ten to train on, the rest (15,360 tokens of it) to measure on."""
-    model, texts = HuggingFace(directory), list(read_texts(text))
+    model, texts = load(directory), list(read_texts(text))
     cut = len(texts) * 9 // 10
     training, measured = (
         corpus_of_texts(model, some, context=256, name=Path(text).stem) for some in (texts[:cut], texts[cut:])

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from circuits.edges import parse_edge
 from circuits.graph import Circuit
 from circuits.ground_truth import PublishedCircuit
 from circuits.scores import Scores
 from circuits.statistics import auroc, average_precision, precision_recall_curve, roc_curve
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, nearest
-from mechinterp.nodes import Node
 
 Known = Circuit | PublishedCircuit | Iterable[str]
 LEVELS = ("edge", "node")
@@ -63,13 +61,7 @@ def ranking(scores: Scores, known: Known, *, level: str | None = None) -> Rankin
 
 
 def _edges(scores: Scores, known: Known) -> tuple[Float[np.ndarray, "edge"], Bool[np.ndarray, "edge"]]:
-    if isinstance(known, PublishedCircuit):
-        known = known.circuit()
-    if isinstance(known, Circuit):
-        return np.abs(scores.values), scores.wiring.mask(known)
-    truth = np.zeros(len(scores), dtype=bool)
-    truth[[scores.wiring.index_of(name) for name in known]] = True
-    return np.abs(scores.values), truth
+    return np.abs(scores.values), _mask(scores.wiring, known.circuit() if isinstance(known, PublishedCircuit) else known)
 
 
 def _nodes(scores: Scores, known: Known) -> tuple[Float[np.ndarray, "node"], Bool[np.ndarray, "node"]]:
@@ -79,14 +71,14 @@ def _nodes(scores: Scores, known: Known) -> tuple[Float[np.ndarray, "node"], Boo
             raise CircuitError(f"{known.name!r} is a circuit of {known.model}, whose shape is not that of {scores.model}.")
         named, judged = {*known.heads(), *known.mlps()}, {"head", "mlp"} if known.mlps() else {"head"}
     else:
-        named, judged = _parts(wiring, known), {"head", "mlp"}
+        named, judged = {*wiring.circuit(_mask(wiring, known)).components()}, {"head", "mlp"}
     ranked = [index for index, node in enumerate(wiring.writers) if node.kind in judged]
     return np.abs(scores.nodes)[ranked], np.array([wiring.writers[index] in named for index in ranked])
 
 
-def _parts(wiring: Wiring, known: Circuit | Iterable[str]) -> set[Node]:
-    """The heads and MLPs at the ends of the edges."""
-    edges = known.edges_kept if isinstance(known, Circuit) else [parse_edge(name) for name in known]
-    for edge in edges:
-        wiring.index(*edge)
-    return {end.with_port(None) for edge in edges for end in edge}
+def _mask(wiring: Wiring, known: Circuit | Iterable[str]) -> Bool[np.ndarray, "edge"]:
+    if isinstance(known, Circuit):
+        return wiring.mask(known)
+    mask = np.zeros(wiring.n_edges, dtype=bool)
+    mask[[wiring.index_of(name) for name in known]] = True
+    return mask

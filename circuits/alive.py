@@ -3,8 +3,12 @@
 A part that no kept path joins to the logits is read by nobody: it need not be run. A part whose every input is cut does
 what it does when *everything* is cut, the same in all circuits: it is run once for all of them. What is left is alive,
 and in a small circuit that is little. Both are read off the masks before any tensor is touched, and both are exact.
+
+Where the heads of a layer share a normalisation (``joint``) each of them depends on what all of them read: if one lives,
+all do, and what one of them needs, all need.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,18 +30,22 @@ class Alive:
     writes: Bool[np.ndarray, "variant writer"]
 
     @classmethod
-    def of(cls, wiring: Wiring, kept: Bool[np.ndarray, "variant edge"], *, dead_carry_nothing: bool) -> "Alive":
-        """``dead_carry_nothing``: a part whose inputs are all cut writes exactly its replacement, as under resampling."""
+    def of(
+        cls, wiring: Wiring, kept: Bool[np.ndarray, "variant edge"], *, dead_carry_nothing: bool, joint: bool = False
+    ) -> "Alive":
+        """``dead_carry_nothing``: a part whose inputs are all cut writes exactly its replacement, as under resampling.
+        ``joint``: the heads of a layer share a normalisation (``ModelConfig.has_joint_heads``).
+        """
         grid = wiring.grid(kept)
-        needed_readers = _needed(wiring, grid)
-        reads, writes = np.zeros_like(needed_readers), np.zeros(grid.shape[:2], dtype=bool)
+        is_needed, is_needed_reader = _needed(wiring, grid, joint)
+        reads, writes = is_needed_reader.copy(), np.zeros(grid.shape[:2], dtype=bool)
         writes[:, 0] = True
-        for owner, readers in _owners(wiring):
-            brings = grid[:, :, readers] & writes[:, :, None] if dead_carry_nothing else grid[:, :, readers]
-            reads[:, readers] = brings.any(1) & needed_readers[:, readers]
-            if owner < len(wiring.writers):
-                writes[:, owner] = reads[:, readers].any(1)
-        reads[:, -1] = True
+        for parts, readers, through in _stages(wiring, joint):
+            before = int(wiring.writers_before[readers.start])
+            brings = grid[:, :before, readers]
+            brings = brings & writes[:, :before, None] if dead_carry_nothing else brings
+            reads[:, readers] &= brings.any(1)
+            writes[:, parts] = is_needed[:, parts] & (reads[:, readers] @ through.T)
         return cls(wiring, grid, reads, writes)
 
     @cached_property
@@ -51,20 +59,24 @@ class Alive:
         return Alive(self.wiring, self.kept[variants], self.reads[variants], self.writes[variants])
 
 
-def _needed(wiring: Wiring, grid: Bool[np.ndarray, "variant writer reader"]) -> Bool[np.ndarray, "variant reader"]:
-    """Which readers have a kept path to the logits; from the last part to the first."""
-    needed = np.zeros((len(grid), grid.shape[2]), dtype=bool)
-    needed[:, -1] = True
-    for owner, readers in reversed(_owners(wiring)):
-        if owner < len(wiring.writers):
-            needed[:, readers] = np.any(grid[:, owner] & needed, axis=1, keepdims=True)
-    return needed
+def _needed(
+    wiring: Wiring, grid: Bool[np.ndarray, "variant writer reader"], joint: bool
+) -> tuple[Bool[np.ndarray, "variant writer"], Bool[np.ndarray, "variant reader"]]:
+    """Which parts and which readers have a kept path to the logits; from the last layer to the first."""
+    writers, readers = np.zeros(grid.shape[:2], dtype=bool), np.zeros((len(grid), grid.shape[2]), dtype=bool)
+    readers[:, -1] = True
+    for parts, its_readers, through in reversed(list(_stages(wiring, joint))):
+        writers[:, parts] = (grid[:, parts, its_readers.stop :] & readers[:, None, its_readers.stop :]).any(2)
+        readers[:, its_readers] = writers[:, parts] @ through
+    return writers, readers
 
 
-def _owners(wiring: Wiring) -> list[tuple[int, list[int]]]:
-    """Every part with its readers (a head has three), in order of computation; the logits last."""
-    position = {node: index for index, node in enumerate(wiring.writers)}
-    owned: dict[int, list[int]] = {}
-    for index, reader in enumerate(wiring.readers):
-        owned.setdefault(position.get(reader.with_port(None), len(position)), []).append(index)
-    return sorted(owned.items())
+def _stages(wiring: Wiring, joint: bool) -> Iterator[tuple[slice, slice, Bool[np.ndarray, "part reader"]]]:
+    """A layer's heads, its MLP, the next layer's heads, ...: which writers, their readers, and who depends on which."""
+    for layer in range(wiring.n_layers):
+        heads, ports = wiring.head_slice(layer), wiring.port_slice(layer)
+        own = wiring.reads[heads, ports]
+        yield heads, ports, np.ones_like(own) if joint else own
+        if wiring.has_mlp:
+            mlp = wiring.mlp_reader(layer)
+            yield slice(heads.stop, heads.stop + 1), slice(mlp, mlp + 1), np.ones((1, 1), dtype=bool)

@@ -229,7 +229,7 @@ def _meaning(
 
 
 def _written(made: Coded, group: _Group) -> tuple[tuple[int, ...], Float[Tensor, "d_model"]]:
-    """The code's latents, and what they add to the stream: ``f W_dec`` (``f W_dec W_O`` for heads), f the mean latents."""
+    """The code's latents, and (but for a norm's scale) what they add: ``f W_dec`` (heads: ``f W_dec W_O``), f their means."""
     examples, model = made.examples, made.examples.model
     head, kinds = examples.parts[group.part], made.by_place[group.place]
     n_heads = model.config.n_layers * model.config.n_heads
@@ -247,8 +247,8 @@ def _written(made: Coded, group: _Group) -> tuple[tuple[int, ...], Float[Tensor,
 
 
 def _towards(model: Transformer, directions: Float[Tensor, "group d_model"], n: int) -> list[tuple[str, ...]]:
-    """The tokens that each direction raises most against the mean of all, through the final LayerNorm's gain and W_U."""
-    U, tokenizer = fold(model.weights.ln_final, model.weights.W_U), tokenizer_of(model)
+    """The tokens that each direction raises most against the mean of all, through the final norm's gain and W_U."""
+    U, tokenizer = fold(model.weights.ln_final, model.weights.W_U, model.config), tokenizer_of(model)
     U = U - U.mean(1, keepdim=True)
     tokens = [(some.to(U) @ U).topk(min(n, U.shape[1])).indices for some in directions.split(_BATCH)]
     return [tuple(tokenizer.strings(row)) for row in torch.cat(tokens).tolist()]
@@ -289,7 +289,7 @@ def _around(counted: _Counted, place: int, row: int) -> str:
     ids, decode = counted.tokens[row, : end + 1].tolist(), counted.examples.task.tokenizer.decode
     read = counted.weights[place, row].nonzero()[:, 0].tolist()
     at = read[0] if len(read) == 1 else end + 1
-    before, here, after = decode(ids[:at]), decode(ids[at : at + 1]), decode(ids[at + 1 :])
+    before, here, after = (decode(ids[i:j], after=ids[:i]) for i, j in ((0, at), (at, at + 1), (at + 1, None)))
     before = before if len(before) <= _WIDTH else f"...{before[-_WIDTH:]}"
     after = after if len(after) <= _WIDTH // 3 else f"{after[: _WIDTH // 3]}..."
     return " ".join((f"{before}[{here}]{after}" if here else before).splitlines())

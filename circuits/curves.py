@@ -125,11 +125,15 @@ class Cuts:
 def _check(scores: Scores, wiring: Wiring, sizes: Sequence[float]) -> None:
     if scores.items not in ("edge", "node") or scores.wiring != wiring:
         raise CircuitError(
-            f"these are {scores.items} scores of a model of {scores.wiring.n_layers} layers and {scores.wiring.n_heads} heads. "
-            f"Give edge or node scores of the model in hand, of {wiring.n_edges:,} edges and {len(wiring.writers)} writers."
+            f"these are {scores.items} scores of a model of {_size(scores.wiring)}. "
+            f"Give edge or node scores of the model in hand, of {_size(wiring)}."
         )
     if bad := [share for share in sizes if not 0 < share <= 1]:
         raise CircuitError(f"{bad[0]} is no share of the edges. Give sizes above 0 and up to 1, such as 0.02.")
+
+
+def _size(wiring: Wiring) -> str:
+    return f"{wiring.n_edges:,} edges and {len(wiring.writers)} writers"
 
 
 def _area(shares: Sequence[float], heights: Sequence[float]) -> float:

@@ -2,10 +2,13 @@
 
 A circuit is a directed graph of ``Node``s with two sorts of edge. A *residual* edge, ``m4 -> a9.h6.q``, says that what
 the MLP of layer 4 wrote is read by a port; these are the edges that are scored, cut and counted. A *port* edge,
-``a9.h6.q -> a9.h6``, only ties a port to its head so that paths run through, and is never counted.
+``a9.h6.q -> a9.h6``, only ties a port to its head so that paths run through, and is never counted. Where heads share keys
+and values, ``m4 -> a9.g1.k`` is one residual edge however many heads attend by that key, and port edges ``a9.g1.k -> a9.h4``
+tie it to those of them that are in the circuit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import networkx as nx
 
@@ -13,6 +16,18 @@ from mechinterp.errors import CircuitError
 from mechinterp.nodes import PORTS, Node
 
 Edge = tuple[Node, Node]
+
+SHAPE = ("n_layers", "n_heads", "has_mlp", "parallel", "n_key_value_heads")
+
+
+def shape_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a circuit's facts say about the shape of its model. A circuit that tells its heads and no groups has none.
+
+    >>> shape_of({"n_layers": 2, "n_heads": 4, "task": "ioi"})
+    {'n_layers': 2, 'n_heads': 4, 'n_key_value_heads': 4}
+    """
+    facts = {"n_key_value_heads": facts["n_heads"], **facts} if "n_heads" in facts else facts
+    return {name: facts[name] for name in SHAPE if name in facts}
 
 
 def edge_name(writer: Node, reader: Node) -> str:
@@ -34,6 +49,28 @@ def parse_edge(text: str) -> Edge:
 def is_residual(writer: Node, reader: Node) -> bool:
     """False for the edge that ties a port to its head."""
     return writer.port is None
+
+
+def sharing(port: Node, a_group: int) -> tuple[Node, ...]:
+    """The heads that attend by a port: its own, or the ``a_group`` heads of its group.
+
+    >>> sharing(Node.group(9, 1, "k"), a_group=4)
+    (Node('a9.h4'), Node('a9.h5'), Node('a9.h6'), Node('a9.h7'))
+    """
+    if port.kind != "group":
+        return (port.with_port(None),)
+    first = (port.index or 0) * a_group
+    return tuple(Node.head(port.layer or 0, head).at(port.pos) for head in range(first, first + a_group))
+
+
+def port_edges(port: Node, a_group: int, present: Container[Node]) -> list[Edge]:
+    """What ties a port to the heads that attend by it: those that are ``present``, or all of them if none is.
+
+    A head is present if it writes a kept edge or its query reads one. So a shared key leads to the heads that the circuit
+    uses, and where it leads nowhere it hangs in the air as a key of one head's own would.
+    """
+    heads = sharing(port, a_group)
+    return [(port, head) for head in [head for head in heads if head in present] or heads]
 
 
 def residual_edges(graph: nx.DiGraph) -> list[Edge]:
@@ -72,20 +109,30 @@ def fold_ports(graph: nx.DiGraph) -> nx.DiGraph:
     Edge attributes: ``ports`` ("qk": read as query and as key; "" for a reader without ports), ``weight`` (the sum over
     ports, so that a helping query and a hurting key cancel), ``strength`` (the sum of magnitudes, which do not). The
     last two are absent when no edge of the pair is scored. Facts are kept.
+
+    An edge into a key or value that heads share is drawn to each head that it is tied to, and each gets an equal part of
+    its weight: what cutting it does through one of them is not known, and so the folded edges still sum to the residual ones.
     """
     folded = nx.DiGraph()
     folded.graph.update(graph.graph)
-    folded.add_nodes_from(sorted({node.with_port(None) for node in graph.nodes}))
+    folded.add_nodes_from(sorted({part for node in graph.nodes for part in wholes(graph, node)}))
     for writer, reader in filter(lambda edge: is_residual(*edge), graph.edges):
-        whole = reader.with_port(None)
-        if not folded.has_edge(writer, whole):
-            folded.add_edge(writer, whole, ports="")
-        pair, weight = folded.edges[writer, whole], graph.edges[writer, reader].get("weight")
-        pair["ports"] = "".join(port for port in PORTS if port == reader.port or port in pair["ports"])
-        if weight is not None:
-            pair["weight"] = pair.get("weight", 0.0) + weight
-            pair["strength"] = pair.get("strength", 0.0) + abs(weight)
+        weight, heads = graph.edges[writer, reader].get("weight"), wholes(graph, reader)
+        for whole in heads:
+            if not folded.has_edge(writer, whole):
+                folded.add_edge(writer, whole, ports="")
+            pair = folded.edges[writer, whole]
+            pair["ports"] = "".join(port for port in PORTS if port == reader.port or port in pair["ports"])
+            if weight is not None:
+                pair["weight"] = pair.get("weight", 0.0) + weight / len(heads)
+                pair["strength"] = pair.get("strength", 0.0) + abs(weight) / len(heads)
     return folded
+
+
+def wholes(graph: nx.DiGraph, node: Node) -> list[Node]:
+    """The parts that a node belongs to: the heads that a port is tied to, and any other node itself."""
+    tied = sorted(graph.successors(node)) if node.port and node in graph else []
+    return tied or [node.with_port(None)]
 
 
 def _reader_order(node: Node) -> tuple[int, int, int, int, int]:
@@ -93,4 +140,5 @@ def _reader_order(node: Node) -> tuple[int, int, int, int, int]:
     layer = 1 << 30 if node.layer is None else node.layer
     stage = PORTS.index(node.port) if node.port else len(PORTS)
     pos = -1 if node.pos is None else node.pos
-    return layer, stage, ["head", "latent", "error", "mlp", "input", "logits"].index(node.kind), node.index or 0, pos
+    kinds = ["head", "group", "latent", "error", "mlp", "input", "logits"]
+    return layer, stage, kinds.index(node.kind), node.index or 0, pos

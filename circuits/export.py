@@ -146,19 +146,26 @@ def _read_gexf(path: Path) -> nx.DiGraph:
 
 def _write_dot(circuit: nx.DiGraph, path: Path) -> None:
     """Graphviz text, ports folded into their head: colour and label say which port reads. The score is ``score``,
-    because Graphviz takes ``weight`` for a wish about the layout."""
-    shapes = {"head": "box", "mlp": "hexagon", "latent": "ellipse", "error": "ellipse", "input": "box", "logits": "box"}
-    parts = sorted({node.with_port(None) for node in circuit.nodes})
+    because Graphviz takes ``weight`` for a wish about the layout. A key or value that heads share is a part of its own, with
+    plain edges to them, so that each score stands there once."""
+    shapes = {"group": "circle", "mlp": "hexagon", "latent": "ellipse", "error": "ellipse"}
+    parts = sorted({_whole(node) for node in circuit.nodes})
     lines = ["digraph circuit {", "  rankdir=BT;"]
     lines += [f"  {_quoted(name)}={_quoted(fact)};" for name, fact in circuit.graph.items()]
-    lines += [f"  {_quoted(node)} [shape={shapes[node.kind]}];" for node in parts]
+    lines += [f"  {_quoted(node)} [shape={shapes.get(node.kind, 'box')}];" for node in parts]
     for writer, reader in residual_edges(circuit):
         score = circuit.edges[writer, reader].get("weight")
         looks = {"label": reader.port, "color": PORT_COLOURS[reader.port], "score": score}
         looks["style"] = "dashed" if score is not None and score < 0 else None
         listed = ", ".join(f"{name}={_quoted(look)}" for name, look in looks.items() if look is not None)
-        lines.append(f"  {_quoted(writer)} -> {_quoted(reader.with_port(None))} [{listed}];")
+        lines.append(f"  {_quoted(writer)} -> {_quoted(_whole(reader))} [{listed}];")
+    ties = sorted(tie for tie in circuit.edges if tie[0].kind == "group")
+    lines += [f"  {_quoted(port)} -> {_quoted(head)} [color={_quoted(PORT_COLOURS[port.port])}];" for port, head in ties]
     path.write_text("\n".join([*lines, "}", ""]), encoding="utf-8", newline="\n")
+
+
+def _whole(node: Node) -> Node:
+    return node if node.kind == "group" else node.with_port(None)
 
 
 def _quoted(value: Any) -> str:
@@ -204,8 +211,8 @@ def _with_nodes(graph: nx.Graph) -> nx.DiGraph:
 
 def _parts(node: Node) -> dict[str, str | int]:
     """Scalar attributes for other programs; the name says it all."""
-    head = node.index if node.kind == "head" else None
-    parts = {"kind": node.kind, "layer": node.layer, "head": head, "port": node.port, "position": node.pos}
+    parts = {"kind": node.kind, "layer": node.layer, "port": node.port, "position": node.pos}
+    parts |= {node.kind: node.index} if node.kind in ("head", "group") else {}
     return {name: part for name, part in parts.items() if part is not None}
 
 

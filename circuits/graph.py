@@ -1,8 +1,9 @@
 """A circuit: the edges of a model that were kept, as a networkx graph.
 
 Nodes are ``Node``s. A residual edge runs from a writer to a port, an MLP or the logits and carries ``weight``, its
-score; port edges ``a9.h6.q -> a9.h6`` carry none. Facts (model, task, method, ...) live in ``circuit.graph``, where
-networkx copies them along; attributes of the object would vanish on ``copy``.
+score; port edges ``a9.h6.q -> a9.h6`` carry none. Where heads share keys and values, the shared port ``a9.g1.k`` is one
+node with one edge from each writer, tied to those heads of its group that the circuit uses. Facts (model, task, method,
+...) live in ``circuit.graph``, where networkx copies them along; attributes of the object would vanish on ``copy``.
 """
 
 import os
@@ -10,9 +11,9 @@ import os
 import networkx as nx
 
 from circuits import export
-from circuits.edges import Edge, by_magnitude, edge_name, fold_ports, is_residual, residual_edges
+from circuits.edges import Edge, by_magnitude, edge_name, fold_ports, is_residual, port_edges, residual_edges, sharing
 from mechinterp.errors import CircuitError
-from mechinterp.nodes import Node
+from mechinterp.nodes import PORTS, Node
 
 
 class Circuit(nx.DiGraph):
@@ -32,14 +33,48 @@ class Circuit(nx.DiGraph):
     def keep(self, writer: Node | str, reader: Node | str, weight: float | None = None) -> None:
         """Add a residual edge, and the port edge if the reader is a port. ``weight``: how much the metric falls if cut.
 
+        A key or value that heads share, ``a9.g1.k``, is tied to them by the facts ``n_heads`` and ``n_key_value_heads``:
+
+        >>> circuit = Circuit(n_heads=4, n_key_value_heads=2)
+        >>> circuit.keep("input", "a0.g1.v")
+        >>> circuit.keep("a0.h3", "logits")
+        >>> circuit.heads
+        [Node('a0.h3')]
+
         ``CircuitError`` if the first cannot write, or the second cannot read, the residual stream, or the second is
         computed before the first. Whether the model has these parts is not asked here: ``Wiring.mask`` does.
         """
         writer, reader = _as_node(writer), _as_node(reader)
         _check_ends(writer, reader)
+        if reader.kind == "group" and not self._heads_a_group:
+            raise CircuitError(
+                f"{str(reader)!r} is shared by several heads, and this circuit does not say by which: start with "
+                "Circuit(n_heads=..., n_key_value_heads=...), or make it with Wiring.circuit."
+            )
         self.add_edge(writer, reader, **({} if weight is None else {"weight": float(weight)}))
-        if reader.port:
+        if reader.kind == "head":
             self.add_edge(reader, reader.with_port(None))
+        for part in (writer, reader) if self._heads_a_group else ():
+            self._tie_group_of(part)
+
+    @property
+    def _heads_a_group(self) -> int:
+        """How many heads share a key; 0 where the facts do not say that any do."""
+        n_heads, n_groups = self.graph.get("n_heads"), self.graph.get("n_key_value_heads")
+        return n_heads // n_groups if n_heads and n_groups else 0
+
+    def _tie_group_of(self, part: Node) -> None:
+        """Tie the shared ports of a part's group anew: which heads they lead to changes with the edges kept."""
+        if part.kind not in ("head", "group") or part.layer is None or part.index is None:
+            return
+        a_group = self._heads_a_group
+        group = Node.group(part.layer, part.index if part.kind == "group" else part.index // a_group).at(part.pos)
+        heads = sharing(group, a_group)
+        ports = [port for port in (group.with_port("k"), group.with_port("v")) if port in self]
+        self.remove_edges_from([(port, head) for port in ports for head in heads])
+        self.remove_nodes_from([head for head in heads if head in self and not self.degree(head)])
+        present = {head for head in heads if head in self}  # by an edge that it writes, or by its query
+        self.add_edges_from(edge for port in ports for edge in port_edges(port, a_group, present))
 
     @property
     def edges_kept(self) -> list[Edge]:
@@ -71,7 +106,9 @@ class Circuit(nx.DiGraph):
 
         Under resampling this changes no number: a part without a kept input computes exactly its corrupted value, and
         one without a kept output is read by nobody. Under zero, mean or optimal ablation a part without a kept input
-        computes something other than its replacement, so there pruning **does** change faithfulness.
+        computes something other than its replacement, so there pruning **does** change faithfulness. So it does where the
+        heads of a layer share a normalisation (``config.has_joint_heads``: Gemma-2, OLMo-2), whatever the ablation: what a
+        head on no path gathers scales what its siblings write.
         ``graph["n_edges_pruned"]`` counts what was dropped.
         """
         reached = _reach(self, [node for node in self.nodes if node.kind == "input"], nx.descendants)
@@ -121,11 +158,13 @@ def _as_node(name: Node | str) -> Node:
 
 
 def _check_ends(writer: Node, reader: Node) -> None:
-    if writer.port or writer.kind == "logits":
-        remedy = f"its head {str(writer.with_port(None))!r} does" if writer.port else "nothing follows them"
+    if writer.port or writer.kind in ("group", "logits"):
+        own = f"its head {str(writer.with_port(None))!r} does" if writer.port else "nothing follows them"
+        remedy = "the heads that share it do" if writer.kind == "group" else own
         raise CircuitError(f"{str(writer)!r} does not write to the residual stream; {remedy}.")
-    if reader.kind == "input" or (reader.kind == "head" and not reader.port):
-        remedy = f"its ports do: '{reader}.q', '{reader}.k', '{reader}.v'" if reader.kind == "head" else "it only writes"
+    if reader.kind == "input" or (reader.kind in ("head", "group") and not reader.port):
+        ports = ", ".join(repr(str(reader.with_port(port))) for port in (PORTS if reader.kind == "head" else PORTS[1:]))
+        remedy = "it only writes" if reader.kind == "input" else f"its ports do: {ports}"
         raise CircuitError(f"{str(reader)!r} does not read the residual stream by itself; {remedy}.")
     if not writer < reader:
         raise CircuitError(f"{edge_name(writer, reader)!r} runs backwards: {str(reader)!r} is computed first.")

@@ -28,9 +28,9 @@ def count_of(items: Items, wiring: Wiring, settings: Mapping[str, Any], given: i
     """How many numbers there must be. A wiring does not know how wide an MLP is: ``given`` neurons come in whole layers."""
     if items == "latent":
         return sum(size + 1 for size in latents_by_layer(settings).values())
-    layers, heads = wiring.n_layers, wiring.n_heads
+    layers, ports = wiring.n_layers, wiring.n_heads + 2 * wiring.n_groups
     whole_layers = max(given // layers, 1) * layers
-    sizes = {"edge": wiring.n_edges, "node": len(wiring.writers), "port": 3 * layers * heads}
+    sizes = {"edge": wiring.n_edges, "node": len(wiring.writers), "port": layers * ports}
     return {**sizes, "neuron": whole_layers}[items]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.alive import Alive
-from circuits.writes import Writes, expand
+from circuits.writes import Writes, expand, heads_sum
 from mechinterp.models.attention import Prefix
 from mechinterp.models.transformer import ResidualStart, Transformer
 from mechinterp.prompts import PromptBatch
@@ -26,8 +26,8 @@ from mechinterp.sites import Site
 class AllCut:
     """The run in which every edge is cut, from position ``first`` on; what circuits have in common.
 
-    ``pre``, ``mid``, ``last``: the streams that a layer's heads, its MLP and the logits read. ``ports``: q, k and v of every
-    head. ``changes``: what each part then writes more than its replacement, or None where that is nothing.
+    ``pre``, ``mid``, ``last``: the streams that a layer's heads, its MLP and the logits read. ``ports``: q of every head, k
+    and v of every group. ``changes``: what each part then writes more than its replacement, or None where that is nothing.
     """
 
     model: Transformer
@@ -50,11 +50,12 @@ class AllCut:
         for layer, block in enumerate(model.weights.blocks):
             pre.append(stream)
             ports.append(model.project(layer, stream))
-            after = stream + replaced.z[layer].flatten(2) @ block.W_O + block.b_O
+            after = stream + heads_sum(model.weights, layer, replaced.z[layer]) + block.b_O
             mid.append(stream if config.parallel else after)
             stream = after + replaced.mlp_out[layer] if config.has_mlp else after
             if not replaced.one_pass:
-                changes.append(expand(model.weights, layer, model.mix(layer, *ports[-1]) - replaced.z[layer]))
+                z = model.written(layer, model.mix(layer, *ports[-1]))
+                changes.append(expand(model.weights, layer, z - replaced.z[layer]))
                 if config.has_mlp:
                     changes.append(model.feed_forward(layer, mid[-1])[None] - replaced.mlp_out[layer])
         first = _first_change(embedded - replaced.input) if replaced.one_pass and config.causal else 0
@@ -96,40 +97,40 @@ class _Run:
         self.more[self._rows(0, np.arange(len(alive.writes)))] = base.clean - base.replaced.input
 
     def logits(self) -> Float[Tensor, "variant batch d_vocab"]:
-        config = self.model.config
-        heads, per_layer = config.n_heads, 3 * config.n_heads + config.has_mlp
-        for layer in range(config.n_layers):
-            self._run_heads(layer, slice(layer * per_layer, layer * per_layer + 3 * heads))
-            if config.has_mlp:
-                self._run_mlp(layer, layer * per_layer + 3 * heads)
+        for layer in range(self.wiring.n_layers):
+            self._run_heads(layer)
+            if self.wiring.has_mlp:
+                self._run_mlp(layer)
         return self._unembed()
 
-    def _run_heads(self, layer: int, ports: slice) -> None:
+    def _run_heads(self, layer: int) -> None:
         """The living heads of a layer, in the circuits that have any."""
-        config, batch = self.model.config, len(self.base.prompts)
+        model, ports = self.model, self.wiring.port_slice(layer)
         variants = np.flatnonzero(self.alive.reads[:, ports].any(1))
         if not len(variants):
             return
         which, port = np.nonzero(self.alive.reads[variants, ports])
         streams = self._streams(variants[which], ports.start + port, self.base.pre[layer])
-        read = self.model.project_some(layer, _index(port), streams.flatten(1, 2)).unflatten(1, streams.shape[1:3])
-        all_cut = torch.stack(self.base.ports[layer]).movedim(3, 1).flatten(0, 1)  # [port batch pos d_head], as in `reads`
+        read = model.project_some(layer, _index(port), streams.flatten(1, 2)).unflatten(1, streams.shape[1:3])
+        all_cut = torch.cat(self.base.ports[layer], dim=2).movedim(2, 0)  # [port batch pos d_head], as in `reads`
         inputs = all_cut.repeat(len(variants), 1, 1, 1, 1)
         inputs[_index(which), _index(port)] = read
-        q, k, v = inputs.unflatten(1, (3, -1)).movedim(2, 4).movedim(1, 0).flatten(1, 2)
-        z = self.model.mix(layer, q, k, v, prefix=self.base.prefix).unflatten(0, (-1, batch))
-        which, head = np.nonzero(self.alive.reads[variants, ports].reshape(-1, 3, config.n_heads).any(1))
+        sizes = [x.shape[2] for x in self.base.ports[layer]]
+        q, k, v = (x.movedim(1, 3).flatten(0, 1) for x in inputs.split(sizes, dim=1))
+        z = model.written(layer, model.mix(layer, q, k, v, prefix=self.base.prefix)).unflatten(0, (len(variants), -1))
+        heads = self.wiring.head_slice(layer)
+        which, head = np.nonzero(self.alive.writes[variants, heads])
         change = z[_index(which), :, :, _index(head)] - self.base.replaced.z[layer].movedim(2, 0)[_index(head)]
-        written = torch.bmm(change.flatten(1, 2), self.model.weights.W_O(layer)[_index(head)])
-        first = 1 + layer * (config.n_heads + config.has_mlp)
-        self.more[self._rows(first + head, variants[which])] = written.unflatten(1, change.shape[1:3])
+        written = torch.bmm(change.flatten(1, 2), model.weights.W_O(layer)[_index(head)])
+        self.more[self._rows(heads.start + head, variants[which])] = written.unflatten(1, change.shape[1:3])
 
-    def _run_mlp(self, layer: int, reader: int) -> None:
+    def _run_mlp(self, layer: int) -> None:
+        reader = self.wiring.mlp_reader(layer)
         variants = np.flatnonzero(self.alive.reads[:, reader])
         if len(variants):
             streams = self._streams(variants, np.full(len(variants), reader), self.base.mid[layer])
             out = self.model.feed_forward(layer, streams.flatten(0, 1)).unflatten(0, streams.shape[:2])
-            writer = (layer + 1) * (self.model.config.n_heads + 1)
+            writer = self.wiring.head_slice(layer).stop
             self.more[self._rows(writer, variants)] = out - self.base.replaced.mlp_out[layer]
 
     def _unembed(self) -> Float[Tensor, "variant batch d_vocab"]:

@@ -34,15 +34,14 @@ from circuits.graph import Circuit
 from circuits.latent_layers import (
     LayerLatents,
     Mask,
-    Replaced,
     Z,
     check_scores,
     facts_of,
     layers_of,
     nodes_among,
-    replacer,
     strongest_of,
 )
+from circuits.latent_replacement import Replaced, replacer
 from circuits.scores import Scores
 from circuits.statistics import bootstrap_interval, may_be_zero, ratio_of_means
 from circuits.wiring import Wiring

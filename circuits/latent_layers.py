@@ -1,4 +1,4 @@
-"""How an autoencoder splits what a layer's heads gather into latents and an error, and what stands in for each.
+"""How an autoencoder splits what a layer's heads gather into latents and an error.
 
     z = latents W_dec + b_dec + error            (all heads of a layer, concatenated)
 
@@ -7,40 +7,34 @@ numbers for its latents. Those on single heads are read as one block-diagonal au
 h is ``h * d_sae + i``, and there is one error a layer, the heads' errors side by side. A head without an autoencoder is all
 error, and its latents are never active. Latents are in units of ``z`` (times a decoder row): where the autoencoder
 normalises its inputs, that scale is taken back, and the mean it takes away counts to the error.
+
+They are parts of what heads *gather*. Where a model normalises what the heads of a layer write together (Gemma-2, OLMo-2),
+to replace a latent is to let the layer write what it then writes, under the scale that it then has.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.ablation import Ablation, Replacement, refuse_lonely_means, replacement_for
-from circuits.measure import measure
 from circuits.scores import Scores
 from circuits.wiring import Wiring
-from circuits.writes import Writes
-from mechinterp.cache import ActivationCache
 from mechinterp.errors import CircuitError, SAEError, UnknownNode
 from mechinterp.models.config import ModelConfig
-from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
-from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
-from mechinterp.tasks.base import Task
 from saes.base import NORMALIZATIONS, SparseAutoencoder
 from saes.places import Place
 
 Z = Float[Tensor, "batch pos head_index d_head"]
 Parts = tuple[Float[Tensor, "batch pos latent"], Float[Tensor, "batch pos d_z"]]  # latents and error
 Mask = Bool[np.ndarray, "item"]
-
-_TOKENS_AT_ONCE = 1024  # of a pass without gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,109 +150,6 @@ def nodes_among(layers: tuple[LayerLatents, ...], names: "list[Node | str]") -> 
             there = ", ".join(f"f{layer}.0 to f{layer}.{width - 1} and f{layer}.error" for layer, width in widths.items())
             raise UnknownNode(f"{str(node)!r} is not a part of this autoencoder, which has {there}, each at all positions.")
     return sorted(nodes)
-
-
-Replacer = Callable[[LayerLatents, PromptBatch, Writes], Parts]
-
-
-def replacer(model: Transformer, task: Task, replacement: Replacement, layers: tuple[LayerLatents, ...]) -> Replacer:
-    """What stands in for a layer's latents and error on some prompts, whose replaced writes are given besides.
-
-    "resample" is what they are on the corrupted prompt. "mean" is the mean of each latent, and of the error, over the
-    corrupted prompts of one template and length, position by position (``templates * pos * latents`` numbers). "zero" is
-    zero; ``b_dec`` stays, it belongs to no latent.
-    """
-    if replacement.name == "resample":
-        return lambda at, _, writes: at.split(writes.z[at.layer])
-    if replacement.name == "mean":
-        return _by_template(model, task, layers)
-    if replacement.name == "zero":
-        return lambda at, _, writes: _zeros(*at.split(writes.z[at.layer]))
-    raise CircuitError(
-        f"latents cannot be replaced by {replacement.name!r}: it says what a whole head writes, not what its latents do. Use "
-        "'resample', 'mean' or 'zero', or score whole heads with attribution()."
-    )
-
-
-class Replaced:
-    """A model on a task, all of whose latents and errors are replaced but those that are kept.
-
-    A mask has one entry an item, in the order of latent scores: each layer's latents, then its error.
-    """
-
-    def __init__(self, model: Transformer, task: Task, autoencoder: SparseAutoencoder, ablation: str | Ablation):
-        refuse_lonely_means(task, ablation)
-        self.model, self.task, self.layers = model, task, layers_of(model, autoencoder)
-        self.replacement = replacement_for(model, task, ablation)
-        self._replace = replacer(model, task, self.replacement, self.layers)
-        self._ends = np.cumsum([at.width + 1 for at in self.layers])
-        self.is_error: Mask = np.isin(np.arange(self._ends[-1]), self._ends - 1)
-
-    def mask(self, nodes: Iterable[Node]) -> Mask:
-        items = {at.layer: range(end - at.width - 1, end) for at, end in zip(self.layers, self._ends, strict=True)}
-        mask = np.zeros_like(self.is_error)
-        mask[[items[node.layer or 0][-1 if node.index is None else node.index] for node in nodes]] = True
-        return mask
-
-    @torch.no_grad()
-    def metric(self, kept: Mask) -> Float[np.ndarray, "prompt"]:
-        """Each prompt's metric. A layer that is kept whole is not touched, so that everything kept is the model itself."""
-        masks, values = dict(zip(self.layers, np.split(kept, self._ends[:-1]), strict=True)), []
-        for rows in rows_of(self.task):
-            prompts, writes = self.task.prompts[rows].to(self.model.device), self.replacement.writes[rows]
-            patch: dict[Site | str, Patch] = {
-                at.site: self._patch(at, mask, prompts, writes) for at, mask in masks.items() if not mask.all()
-            }
-            values.append(measure(self.model, prompts, self.task.metric, tokens=prompts.clean, patch=patch)[0][0])
-        return torch.cat(values).cpu().double().numpy()
-
-    def _patch(self, at: LayerLatents, mask: Mask, prompts: PromptBatch, writes: Writes) -> Patch:
-        """The latents of the run in hand, with the others' replacements written over them, decoded."""
-        keep = torch.as_tensor(mask[:-1], device=self.model.device)
-
-        def patch(z: Tensor, _: ActivationCache) -> Tensor:
-            (latents, error), (new, new_error) = at.split(z), self._replace(at, prompts, writes)
-            return at.join(torch.where(keep, latents, new), error if mask[-1] else new_error).to(z.dtype)
-
-        return patch
-
-
-def rows_of(task: Task) -> list[slice]:
-    """A task's prompts in as many as a pass without gradients takes."""
-    at_once = max(1, _TOKENS_AT_ONCE // task.prompts.clean.shape[1])
-    return [slice(first, first + at_once) for first in range(0, len(task), at_once)]
-
-
-@torch.no_grad()
-def _by_template(model: Transformer, task: Task, layers: tuple[LayerLatents, ...]) -> Replacer:
-    prompts = task.prompts.to(model.device)
-    layouts = _layouts(prompts).unique(dim=0)
-
-    def index(some: PromptBatch) -> Int[Tensor, "batch"]:
-        return (_layouts(some).unsqueeze(1) == layouts).all(-1).int().argmax(1)
-
-    sizes, means = torch.bincount(index(prompts), minlength=len(layouts)).view(-1, 1, 1), {}
-    for some in (prompts[rows] for rows in rows_of(task)):
-        sites = [at.site for at in layers]
-        _, cache = model.run(some.corrupted, record=sites, logits_at="last", logits_of=some.corrupted[:, :0])
-        for at in layers:
-            latents, _ = at.split(cache[at.site])
-            mean = means.setdefault(at.layer, latents.new_zeros((len(layouts), *latents.shape[1:])))
-            mean.index_add_(0, index(some), latents / sizes[index(some)])
-
-    def replaced(at: LayerLatents, some: PromptBatch, writes: Writes) -> Parts:
-        latents = means[at.layer][index(some)]
-        return latents, at.error(writes.z[at.layer], latents)  # z is the mean of z, and so this is the mean error
-
-    return replaced
-
-
-def _layouts(prompts: PromptBatch) -> Int[Tensor, "batch 2"]:
-    return torch.stack([prompts.groups, prompts.end], dim=1)
-
-
-def _zeros(latents: Tensor, error: Tensor) -> Parts:
-    return torch.zeros_like(latents), torch.zeros_like(error)
 
 
 def _side_by_side(x: Float[Tensor, "group batch pos own"]) -> Float[Tensor, "batch pos side_by_side"]:

@@ -16,6 +16,7 @@ from circuits.writes import Writes, expand, sites
 from mechinterp.cache import ActivationCache
 from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import ResidualStart, Transformer
+from mechinterp.nodes import PORTS
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 
@@ -33,16 +34,14 @@ def run_edge_mask(
     cut[:, wiring.edge_writer, wiring.edge_reader] = 1 - kept
     cut = cut.to(model.device, model.dtype)
     excess = _Excess(model, cut, replacement, len(prompts))
-    heads, per_layer = model.config.n_heads, 3 * model.config.n_heads + model.config.has_mlp
     patch: dict[Site | str, Patch] = {}
     for layer in range(model.config.n_layers):
-        first = layer * per_layer
-        for i, port in enumerate("qkv"):
-            readers = slice(first + i * heads, first + (i + 1) * heads)
+        for port in PORTS:
+            readers = wiring.port_slice(layer, port)
             patch[Site(f"{port}_input", layer)] = _subtract(excess, readers, wiring, per_head=True)
-        if model.config.has_mlp:
-            readers = slice(first + 3 * heads, first + 3 * heads + 1)
-            patch[Site("mlp_in", layer)] = _subtract(excess, readers, wiring, per_head=False)
+        if wiring.has_mlp:
+            mlp = wiring.mlp_reader(layer)
+            patch[Site("mlp_in", layer)] = _subtract(excess, slice(mlp, mlp + 1), wiring, per_head=False)
     logits = slice(len(wiring.readers) - 1, len(wiring.readers))
     patch[Site("resid_post", model.config.n_layers - 1)] = _subtract(excess, logits, wiring, per_head=False)
     tokens, ends = prompts.clean.to(model.device), prompts.end.to(model.device)
@@ -54,18 +53,16 @@ def run_node_mask(
     model: Transformer, prompts: PromptBatch, kept: Float[Tensor, "mask writer"], replacement: Writes
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits at END with each writer kept by its share, for all its readers alike: one plain pass, masks as above."""
-    kept, per_layer = kept.to(model.device, model.dtype), model.config.n_heads + model.config.has_mlp
+    wiring, kept, patch = Wiring.of(model.config), kept.to(model.device, model.dtype), {}
 
-    def at(name: str, layer: int) -> Patch:
-        first = 1 + layer * per_layer
-        if name == "z":
-            shares = kept[:, None, first : first + model.config.n_heads, None]
-            return lambda z, _: torch.lerp(replacement.z[layer], z, shares)
-        share = kept[:, None, first + per_layer - 1, None]
-        return lambda out, _: torch.lerp(replacement.mlp_out[layer], out, share)
+    def towards(replaced: Tensor, shares: Tensor) -> Patch:
+        return lambda written, _: torch.lerp(replaced, written, shares)
 
-    names = ["z", "mlp_out"] if model.config.has_mlp else ["z"]
-    patch: dict[Site | str, Patch] = {Site(n, layer): at(n, layer) for layer in range(model.config.n_layers) for n in names}
+    for layer in range(wiring.n_layers):
+        heads = wiring.head_slice(layer)
+        patch[Site(model.config.write_site, layer)] = towards(replacement.z[layer], kept[:, None, heads, None])
+        if wiring.has_mlp:
+            patch[Site("mlp_out", layer)] = towards(replacement.mlp_out[layer], kept[:, None, heads.stop, None])
     embedded = torch.lerp(replacement.input, model.embed(prompts.clean.to(model.device)), kept[:, 0, None, None])
     start = ResidualStart(Site("resid_pre", 0), embedded)
     logits, _ = model.run(None, start=start, patch=patch, logits_at=prompts.end.to(model.device))
@@ -110,14 +107,14 @@ class _Excess:
 
     def _fill(self, n_writers: int, cache: ActivationCache) -> None:
         """Writers ``filled`` to ``n_writers``: all of them ran before the reader that asks."""
-        then, per_layer = self.replacement, self.model.config.n_heads + self.model.config.has_mlp
+        then, config = self.replacement, self.model.config
         while self.filled < n_writers:
             if self.filled == 0:
-                self._put((cache["embed"] + cache["pos_embed"])[None], then.input)
+                self._put(cache.embedded[None], then.input)
                 continue
-            layer, part = divmod(self.filled - 1, per_layer)
+            layer, part = divmod(self.filled - 1, config.n_heads + config.has_mlp)
             if part == 0:
-                now = cache["z", layer]
+                now = cache[config.write_site, layer]
                 z = now - then.z[layer].repeat(len(now) // len(then.z[layer]), 1, 1, 1)
                 self._put(expand(self.model.weights, layer, z), None)
             else:

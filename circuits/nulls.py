@@ -105,25 +105,36 @@ Ways = list[Int[np.ndarray, "_"]]
 def _ways(wiring: Wiring, among: Bool[np.ndarray, "edge"]) -> Ways:
     """The edges out of each writer that lead on to the logits, so that no path runs into a dead end."""
     n_writers = len(wiring.writers)
-    leads_on, ways = np.append(np.zeros(n_writers, dtype=bool), True), []
+    leads_on, ways = wiring.reads[-1].copy(), []  # readers of a part that leads to the logits
     for writer in reversed(range(n_writers)):
         out = np.flatnonzero(among & (wiring.edge_writer == writer))
-        ways.append(out[leads_on[wiring.edge_owner[out]]])
-        leads_on[writer] = len(ways[-1]) > 0
+        ways.append(out[leads_on[wiring.edge_reader[out]]])
+        if len(ways[-1]):
+            leads_on |= wiring.reads[writer]
     return ways[::-1]
 
 
 def _path(wiring: Wiring, ways: Ways, rng: np.random.Generator) -> Int[np.ndarray, "step"]:
-    """From the input, always along one of the edges that lead on, drawn evenly, to the logits."""
+    """From the input, always along one of the edges that lead on, drawn evenly, to the logits.
+
+    From a key or value that heads share it goes on by one of those of them that lead on, drawn evenly too.
+    """
     writer, path = 0, []
     while writer < len(ways):
         path.append(ways[writer][rng.integers(len(ways[writer]))])
-        writer = int(wiring.edge_owner[path[-1]])
+        onward = _onward(wiring, ways, np.array(path[-1:]))
+        writer = int(onward[0] if len(onward) == 1 else rng.choice(onward))
     return np.array(path)
+
+
+def _onward(wiring: Wiring, ways: Ways, edges: Int[np.ndarray, "some_edge"]) -> Int[np.ndarray, "part"]:
+    """The parts that read any of these edges and lead on; the logits are the last part."""
+    parts = np.flatnonzero(wiring.reads[:, wiring.edge_reader[edges]].any(1))
+    return np.array([part for part in parts if part == len(ways) or len(ways[part])], dtype=int)
 
 
 def _reachable(wiring: Wiring, ways: Ways) -> int:
     reached = {0}
     for writer, out in enumerate(ways):
-        reached |= set(wiring.edge_owner[out].tolist()) if writer in reached else set()
+        reached |= set(_onward(wiring, ways, out).tolist()) if writer in reached else set()
     return sum(len(out) for writer, out in enumerate(ways) if writer in reached)

@@ -7,7 +7,7 @@ least damage that any constant can; what is still lost is what the writer really
 
 All constants are fitted at once: each row of a step is a prompt with *one* writer replaced, the writers in turn, so a
 step costs one forward and one backward however many writers there are. A head's constant lives before ``W_O``, as its
-``z``, which is all that it could write.
+``z`` (``z_written`` where that is normalised), which is all that it could write.
 """
 
 from collections.abc import Callable, Sequence

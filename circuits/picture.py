@@ -1,7 +1,8 @@
 """A picture of a circuit: layers upwards from the input to the logits, to be read by people at 10 to 200 edges.
 
 Ports are folded into their head: an edge that is read as query enters it on the left, as key in the middle, as value
-on the right, each in its colour. Width grows with ``|score|``; dashed edges have negative scores.
+on the right, each in its colour. Width grows with ``|score|``; dashed edges have negative scores. An edge into a key or value
+that heads share is drawn to each of them that the circuit uses, and counted once.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.edges import Edge, by_magnitude, counted, counted_parts, edge_name
+from circuits.edges import Edge, by_magnitude, counted, counted_parts, edge_name, wholes
 from circuits.layout import BOX, SIDE, Layout, arrange, is_bar, port_offset, route
 from mechinterp.errors import CircuitError
 from mechinterp.files import write_beside
@@ -23,7 +24,15 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _INCHES = 0.8  # of a unit of the layout
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 2.0, 0.25, 0.8  # margins, in inches
 _INK = "#222222"
-_FILL = {"head": "#FFFFFF", "mlp": "#F1E6C8", "latent": "#E4E4F4", "error": "#F7DADA", "input": "#DDDDDD", "logits": "#DDDDDD"}
+_FILL = {
+    "head": "#FFFFFF",
+    "group": "#FFFFFF",
+    "mlp": "#F1E6C8",
+    "latent": "#E4E4F4",
+    "error": "#F7DADA",
+    "input": "#DDDDDD",
+    "logits": "#DDDDDD",
+}
 _READ_AS: dict[str | None, str] = {
     "q": "read as query (left)",
     "k": "read as key (middle)",
@@ -41,8 +50,9 @@ def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edge
     """A matplotlib ``Figure`` of a circuit, also written to ``path`` (``.png``, ``.svg``, ``.pdf``) if there is one.
 
     Only the ``max_edges`` strongest edges are drawn, and the title says so. Scores are optional: without them all edges
-    look alike, and too many are thinned out evenly. In SVG files every edge and part has its name as ``id``. The figure
-    belongs to no window and needs no closing. About a second for 200 edges. ``CircuitError`` for another suffix.
+    look alike, and too many are thinned out evenly. In SVG files every edge and part has its name as ``id`` (an edge into what
+    heads share also that of the head: ``m4->a9.g1.k->a9.h4``). The figure belongs to no window and needs no closing. About a
+    second for 200 edges. ``CircuitError`` for another suffix.
     """
     from matplotlib.figure import Figure
 
@@ -68,10 +78,14 @@ def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edge
 
 @dataclass(frozen=True)
 class _View:
-    """What is drawn: the shown edges, weakest first, with their scores (``None``: not scored), and where."""
+    """What is drawn: the shown edges, weakest first, with their scores (``None``: not scored), and where.
+
+    ``heads``: the parts that each edge is drawn to, more than one where heads share what it is read as.
+    """
 
     facts: dict[str, Any]
     scores: dict[Edge, float | None]
+    heads: dict[Edge, list[Node]]
     n_hidden: int
     largest: float | None
     layout: Layout
@@ -83,15 +97,23 @@ class _View:
         shown = ranked[:max_edges] if is_scored else _spread(ranked, max_edges)
         scores = {edge: circuit.edges[edge].get("weight") for edge in reversed(shown)}
         largest = max((abs(score) for score in scores.values() if score is not None), default=0.0)
-        parts = {node.with_port(None) for edge in (scores or {(node,) for node in circuit.nodes}) for node in edge}
+        heads = {edge: wholes(circuit, edge[1]) for edge in scores}
+        shown_nodes = {node for edge in scores for node in edge} or set(circuit.nodes)
+        parts = {part for node in shown_nodes for part in wholes(circuit, node)}
         parts |= {bar for bar in (Node.input(), Node.logits()) if bar.kind not in {node.kind for node in parts}}
-        strengths = {edge: abs(score) / largest if score and largest else 1e-3 for edge, score in scores.items()}
-        return cls(circuit.graph, scores, len(ranked) - len(scores), largest or None, arrange(parts, strengths))
+        shares = {edge: abs(score) / largest if score and largest else 1e-3 for edge, score in scores.items()}
+        strengths = {drawn_to(edge, head): share / len(heads[edge]) for edge, share in shares.items() for head in heads[edge]}
+        return cls(circuit.graph, scores, heads, len(ranked) - len(scores), largest or None, arrange(parts, strengths))
 
     def share(self, edge: Edge) -> float:
         """``|score|`` as a fraction of the largest; half for an edge without a score."""
         score = self.scores[edge]
         return 0.5 if score is None or self.largest is None else abs(score) / self.largest
+
+
+def drawn_to(edge: Edge, head: Node) -> Edge:
+    """The edge with the reader's port on the head itself, which is where it is drawn."""
+    return edge[0], head.with_port(edge[1].port)
 
 
 def _spread(edges: list[Edge], n: int) -> list[Edge]:
@@ -121,9 +143,10 @@ def _draw_edges(axes: Any, view: _View) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
-    for depth, (edge, score) in enumerate(view.scores.items()):
-        share = view.share(edge)
-        controls = route(view.layout, edge)
+    drawn = [(edge, head) for edge in view.scores for head in view.heads[edge]]
+    for depth, (edge, head) in enumerate(drawn):
+        share, score = view.share(edge), view.scores[edge]
+        controls = route(view.layout, drawn_to(edge, head))
         curve = PathPatch(
             Curve(controls, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]),
             facecolor="none",
@@ -131,15 +154,15 @@ def _draw_edges(axes: Any, view: _View) -> None:
             linewidth=line_width(share),
             linestyle=_DASHES if score is not None and score < 0 else "solid",
             alpha=0.35 + 0.55 * share**0.5,
-            zorder=1 + depth / (1 + len(view.scores)),
-            gid=edge_name(*edge),
+            zorder=1 + depth / (1 + len(drawn)),
+            gid=edge_name(*edge) + (f"->{head}" if len(view.heads[edge]) > 1 else ""),
             clip_on=False,
         )
         axes.add_patch(curve)
 
 
 def _draw_parts(axes: Any, view: _View) -> None:
-    ports = {reader for _, reader in view.scores if reader.port}
+    ports = {head.with_port(edge[1].port) for edge in view.scores if edge[1].port for head in view.heads[edge]}
     for node, (x, y) in view.layout.places.items():
         width = 2 * (view.layout.half_width + SIDE) - 0.1 if is_bar(node) else BOX[0]
         axes.add_patch(_shape(node, x, y, width))
@@ -207,6 +230,8 @@ def _draw_legend(axes: Any, view: _View) -> None:
         positive, negative = _SIGNS.get(str(view.facts.get("method")), ("helps", "hurts"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, label=f"positive: {positive}"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label=f"negative: {negative}"))
+    if any(len(heads) > 1 for heads in view.heads.values()):
+        lines.append(Line2D([], [], ls="", label="to several heads: one edge,\nwhich these heads share"))
     marks = {"head": ("s", "head"), "mlp": ("H", "MLP"), "latent": ("o", "SAE latent"), "error": ("o", "SAE error")}
     present = {node.kind for node in view.layout.places}
     for kind, (marker, label) in marks.items():

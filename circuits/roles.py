@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechinterp.errors import UnknownNode
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import Node
+from mechinterp.nodes import Node, nodes_of
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
@@ -46,7 +46,7 @@ class Gaze:
 
 @torch.no_grad()
 def attention_roles(
-    model: Transformer, task: Task, heads: Iterable[Node], *, n: int = 1, batch_size: int = 64
+    model: Transformer, task: Task, heads: Node | str | Iterable[Node | str], *, n: int = 1, batch_size: int = 64
 ) -> dict[Node, list[Gaze]]:
     """For each head its ``n`` most telling gazes between named positions: those with the largest ``share * change``.
 
@@ -62,7 +62,7 @@ def attention_roles(
     a0.h3 A1 -> the one before 0.98
     a1.h3 A2 -> B 0.94
     """
-    by_layer, pairs = _by_layer(heads), _pairs(task.prompts)
+    by_layer, pairs = _by_layer(nodes_of(heads)), _pairs(task.prompts)
     sites = [Site(name, layer) for layer in by_layer for name in ("pattern", "z")]
     nothing = torch.zeros(len(pairs), model.config.n_heads, device=model.device)
     shares, changes = dict.fromkeys(by_layer, nothing), dict.fromkeys(by_layer, nothing)

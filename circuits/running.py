@@ -56,7 +56,7 @@ def measure_circuits(
     Cost: for each circuit at most about two forwards, and less the fewer edges it keeps; one more for all together.
     """
     wiring = Wiring.of(model.config)
-    alive = Alive.of(wiring, kept, dead_carry_nothing=replacement.one_pass)
+    alive = Alive.of(wiring, kept, dead_carry_nothing=replacement.one_pass, joint=model.config.has_joint_heads)
     a_prompt = replacement.input[0].numel() * replacement.input.element_size()
     rows = max(1, _MEMORY // (a_prompt * len(wiring.writers)))
     living = np.cumsum(alive.writes.sum(1)) * a_prompt * min(rows, len(prompts)) // _MEMORY

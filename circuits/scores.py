@@ -29,10 +29,10 @@ _KIND, _VERSION = "mechinterp scores", 2
 class Scores:
     """One finite number an item, in ``unit``. Values are copied, as float64, and cannot be written to.
 
-    ``items``: "edge" (in wiring order), "node" (one a writer), "port" (q, k and v of each head, in the wiring's order of
-    readers), "neuron" (an MLP's hidden units, layer by layer) or "latent" (an autoencoder's latents and its error, layer by
-    layer; ``settings["latents"]`` says how many latents each layer has). ``per_prompt`` holds every prompt's own scores,
-    for intervals and stability; ``by_span`` splits the values by named position, and the spans sum to the values.
+    ``items``: "edge" (in wiring order), "node" (one a writer), "port" (q of each head, k and v of each head or group, in the
+    wiring's order of readers), "neuron" (an MLP's hidden units, layer by layer) or "latent" (an autoencoder's latents and its
+    error, layer by layer; ``settings["latents"]`` says how many latents each layer has). ``per_prompt`` holds every prompt's
+    own scores, for intervals and stability; ``by_span`` splits the values by named position, and the spans sum to the values.
     ``settings`` are the keywords of the method and must survive JSON. ``settings["judged"] = ["head"]`` says that a
     method scores heads alone: what it did not judge it cannot cut, so circuits keep all MLPs as they keep the input.
 
@@ -169,8 +169,9 @@ class Scores:
     def components(self) -> dict[Node, float]:
         """How strong each head and MLP is, strongest first: the sum of ``|score|`` over the edges that *leave* it.
 
-        In the scores' unit. What enters a part is not counted, or each edge would count twice. Unlike ``nodes`` this
-        does not cancel: a head that helps one reader and hurts another is strong. For node scores, ``|score|`` itself.
+        In the scores' unit. What enters a part is not counted, or each edge would count twice, and what heads share oftener.
+        Unlike ``nodes`` this does not cancel: a head that helps one reader and hurts another is strong. For node scores,
+        ``|score|`` itself.
         """
         self._check_items("edge", "node")
         sums = np.abs(self.values)

@@ -29,26 +29,33 @@ def strongest(key: Float[np.ndarray, "item"], n: int) -> Bool[np.ndarray, "item"
 def greedy(wiring: Wiring, key: Float[np.ndarray, "edge"], n: int) -> Bool[np.ndarray, "edge"]:
     """Up to ``n`` edges, each the best of those whose reader is in when it is taken. O(E log E)."""
     kept = np.zeros(wiring.n_edges, dtype=bool)
+    is_open = kept.copy()
     reached = np.zeros(len(wiring.writers), dtype=bool)
     heap: list[tuple[float, int]] = []
-    _open(heap, key, wiring.edges_into[-1])
+
+    def open_up(edges: Int[np.ndarray, "some_edge"]) -> None:
+        edges = edges[~is_open[edges]]  # heads may share a key, whose edges are there once
+        is_open[edges] = True
+        for edge in edges.tolist():
+            heapq.heappush(heap, (-float(key[edge]), edge))
+
+    open_up(wiring.edges_into[-1])
     for _ in range(n):
         edge = heapq.heappop(heap)[1]  # the heap never runs dry: there are n more edges, and all parts lead to the logits
         kept[edge] = True
         writer = int(wiring.edge_writer[edge])
         if not reached[writer]:
             reached[writer] = True
-            _open(heap, key, wiring.edges_into[writer])
+            open_up(wiring.edges_into[writer])
     return kept
 
 
 def among(wiring: Wiring, nodes: Bool[np.ndarray, "writer"]) -> Bool[np.ndarray, "edge"]:
-    """The edges whose writer and reader are both among ``nodes``; input and logits always are."""
+    """The edges whose writer and reader are both among ``nodes``; input and logits always are.
+
+    A key or value that heads share is read as soon as one of them is there.
+    """
     inside = np.append(nodes, True)  # the logits
     inside[0] = True  # the input
-    return inside[wiring.edge_writer] & inside[wiring.edge_owner]
-
-
-def _open(heap: list[tuple[float, int]], key: np.ndarray, edges: np.ndarray) -> None:
-    for edge in edges.tolist():
-        heapq.heappush(heap, (-float(key[edge]), edge))
+    readers = np.any(wiring.reads[inside], axis=0)
+    return inside[wiring.edge_writer] & readers[wiring.edge_reader]

@@ -1,7 +1,5 @@
 """The statistics that stand beside a faithfulness: bootstrap intervals, random circuits, ROC and precision."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -70,38 +68,51 @@ def random_circuits(wiring: Wiring, n_edges: int, n_circuits: int, seed: int) ->
     model would mostly hang in the air and carry nothing, which makes too easy a null.
     """
     rng = np.random.default_rng(seed)
-    into = wiring.edges_into
     found: list[np.ndarray] = []
     while len(found) < n_circuits:
-        grown = _grow(wiring, into, n_edges, rng)
+        grown = _grow(wiring, n_edges, rng)
         found += [grown] if grown is not None else []  # one that got stuck an edge short is thrown away
     return np.stack(found)
 
 
-def _grow(
-    wiring: Wiring, into: Sequence[np.ndarray], n_edges: int, rng: np.random.Generator
-) -> Bool[np.ndarray, "edge"] | None:
+def _grow(wiring: Wiring, n_edges: int, rng: np.random.Generator) -> Bool[np.ndarray, "edge"] | None:
     kept = np.zeros(wiring.n_edges, dtype=bool)
-    reached, candidates = {0}, list(into[-1])  # writer 0 is the input
+    is_open = kept.copy()  # edges whose reader leads to the logits: the candidates and those kept
+    candidates: list[int] = []
+    fed = np.zeros(len(wiring.writers) + 1, dtype=bool)  # parts that the input leads to
+    fed[0] = True
+
+    is_in, fed_by = fed.copy(), wiring.reads.T.copy()
+
+    def take_in(part: int) -> None:
+        if not is_in[part]:
+            is_in[part], edges = True, wiring.edges_into[part]
+            candidates.extend(edges[~is_open[edges]].tolist())
+            is_open[edges] = True
+
+    take_in(-1)
     remaining = n_edges
     while remaining:
-        if remaining == 1 and not any(int(wiring.edge_writer[edge]) in reached for edge in candidates):
+        if remaining == 1 and not any(fed[wiring.edge_writer[edge]] for edge in candidates):
             return None  # every edge left needs a second one that joins its writer to the input
         pick = int(rng.integers(len(candidates)))
         chain = [int(candidates[pick])]
-        while (writer := int(wiring.edge_writer[chain[-1]])) not in reached and len(chain) < remaining:
-            before = into[writer]
+        while not fed[writer := wiring.edge_writer[chain[-1]]] and len(chain) < remaining:
+            before = wiring.edges_into[writer]
             from_input = before[wiring.edge_writer[before] == 0]
             chain.append(int(rng.choice(from_input if len(chain) == remaining - 1 else before)))
-        if writer not in reached:
+        if not fed[writer]:
             continue
         candidates[pick] = candidates[-1]
         candidates.pop()
         kept[chain] = True
         remaining -= len(chain)
-        for new in (int(wiring.edge_writer[edge]) for edge in chain[:-1]):
-            reached.add(new)
-            candidates += [edge for edge in into[new] if not kept[edge]]
+        if is_open[chain[1:]].any():  # into a key that another head, already in, shares
+            candidates[:] = [edge for edge in candidates if not kept[edge]]
+        is_open[chain] = True
+        for edge in chain:
+            fed |= fed_by[wiring.edge_reader[edge]]
+            take_in(int(wiring.edge_writer[edge]))
     return kept
 
 

@@ -1,13 +1,14 @@
 """Every edge that a model could use, and the only place that converts between edge vector, grid and graph.
 
 A *writer* adds to the residual stream: the input, each head, each MLP. A *reader* takes from it: the q, k and v port of
-each head, each MLP, the logits. Each reader may take from the writers computed before it, and those pairs are the
-edges. They are ordered by reader, then by writer; because writers stand in order of computation, the writers open to a
-reader are the first so many, and the whole wiring is described by one count a reader.
+each head (k and v of each group of heads, where heads share them), each MLP, the logits. Each reader may take from the
+writers computed before it, and those pairs are the edges. They are ordered by reader, then by writer; because writers stand
+in order of computation, the writers open to a reader are the first so many, and the whole wiring is described by one count
+a reader.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,33 +16,44 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from circuits.edges import Edge, edge_name, is_residual, parse_edge
+from circuits.edges import SHAPE, Edge, edge_name, is_residual, parse_edge, port_edges, shape_of, sharing
 from circuits.graph import Circuit
-from mechinterp.errors import CircuitError, UnknownNode, nearest
+from circuits.hints import Sizes, absent
+from mechinterp.errors import CircuitError, UnknownNode
 from mechinterp.nodes import PORTS, Node
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """The edges of a transformer with this many layers and heads. Grouped-query models count query heads.
+    """The edges of a transformer with this many layers and heads.
 
     ``parallel``: attention and MLP of a layer read the same stream (GPT-J, Pythia), so heads do not feed their own MLP.
+    ``n_key_value_heads``: of how many groups of heads each shares one key and one value (None: every head has its own).
+    Then a group's key is *one* reader, ``a9.g1.k``, with one edge from each writer, which serves all heads of the group;
+    to count it once for each of them would be to cut a thing several times that is computed once.
 
     >>> wiring = Wiring(n_layers=12, n_heads=12)
     >>> len(wiring.writers), len(wiring.readers), wiring.n_edges
     (157, 445, 32491)
     >>> wiring.index("m4", "a9.h6.q"), wiring.edge_names[wiring.index("m4", "a9.h6.q")]
     (18530, 'm4->a9.h6.q')
+    >>> [str(reader) for reader in Wiring(n_layers=1, n_heads=4, n_key_value_heads=1, has_mlp=False).readers]
+    ['a0.h0.q', 'a0.h1.q', 'a0.h2.q', 'a0.h3.q', 'a0.g0.k', 'a0.g0.v', 'logits']
     """
 
     n_layers: int
     n_heads: int
     has_mlp: bool = True
     parallel: bool = False
+    n_key_value_heads: int | None = None
 
     def __post_init__(self):
         if self.n_layers < 1 or self.n_heads < 1:
             raise CircuitError(f"A wiring needs at least one layer and one head, not {self.n_layers} x {self.n_heads}.")
+        if self.n_groups < 1 or self.n_heads % self.n_groups:
+            raise CircuitError(f"{self.n_heads} heads cannot share {self.n_groups} keys and values evenly.")
+        if self.n_key_value_heads == self.n_heads:
+            object.__setattr__(self, "n_key_value_heads", None)
 
     @classmethod
     def of(cls, source: Any) -> "Wiring":
@@ -50,20 +62,49 @@ class Wiring:
         ``CircuitError`` for a circuit that does not say which shape of model it belongs to.
         """
         if not isinstance(source, nx.DiGraph):
-            return cls(source.n_layers, source.n_heads, source.d_mlp is not None, source.parallel)
+            groups = getattr(source, "n_key_value_heads", None)
+            return cls(source.n_layers, source.n_heads, source.d_mlp is not None, source.parallel, groups)
         if missing := {"n_layers", "n_heads"} - set(source.graph):
             raise CircuitError(
                 f"This circuit does not say which wiring it belongs to: circuit.graph lacks {sorted(missing)}. "
                 "Set them, or use Wiring.of(model.config)."
             )
-        return cls(**{name: source.graph[name] for name in cls._facts if name in source.graph})
-
-    _facts = ("n_layers", "n_heads", "has_mlp", "parallel")
+        return cls(**{name: source.graph[name] for name in SHAPE if name in source.graph})
 
     @property
     def facts(self) -> dict[str, int | bool]:
-        """The four fields, as every circuit of this wiring carries them in ``circuit.graph``."""
-        return {name: getattr(self, name) for name in self._facts}
+        """The fields, as every circuit of this wiring carries them in ``circuit.graph``; groups where there are any."""
+        return {name: fact for name in SHAPE if (fact := getattr(self, name)) is not None}
+
+    @property
+    def n_groups(self) -> int:
+        """How many keys, and how many values, the heads of a layer have."""
+        return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
+
+    @property
+    def heads_a_group(self) -> int:
+        """How many heads attend by one key, and gather one value."""
+        return self.n_heads // self.n_groups
+
+    @property
+    def readers_a_layer(self) -> int:
+        return self.n_heads + 2 * self.n_groups + self.has_mlp
+
+    def port_slice(self, layer: int, ports: str = "qkv") -> slice:
+        """Where the readers of a layer's heads stand: of one port ("q", "k", "v"), or of all ("qkv")."""
+        starts = {"q": 0, "k": self.n_heads, "v": self.n_heads + self.n_groups}
+        stops = {"q": self.n_heads, "k": self.n_heads + self.n_groups, "v": self.n_heads + 2 * self.n_groups}
+        first = layer * self.readers_a_layer
+        return slice(first + starts[ports[0]], first + stops[ports[-1]])
+
+    def mlp_reader(self, layer: int) -> int:
+        """Which reader a layer's MLP is."""
+        return (layer + 1) * self.readers_a_layer - 1
+
+    def head_slice(self, layer: int) -> slice:
+        """Where the heads of a layer stand among the writers."""
+        first = 1 + layer * (self.n_heads + self.has_mlp)
+        return slice(first, first + self.n_heads)
 
     @cached_property
     def writers(self) -> tuple[Node, ...]:
@@ -72,9 +113,12 @@ class Wiring:
 
     @cached_property
     def readers(self) -> tuple[Node, ...]:
-        """Per layer q of all heads, k of all heads, v of all heads, then the MLP; last the logits."""
+        """Per layer q of all heads, k of all heads (or groups), v of all of them, then the MLP; last the logits."""
+        shared = Node.head if self.n_key_value_heads is None else Node.group
         ports = (
-            [Node.head(layer, head, port) for port in PORTS for head in range(self.n_heads)] + self._mlp(layer)
+            [Node.head(layer, head, "q") for head in range(self.n_heads)]
+            + [shared(layer, index, port) for port in PORTS[1:] for index in range(self.n_groups)]
+            + self._mlp(layer)
             for layer in range(self.n_layers)
         )
         return (*(reader for layer in ports for reader in layer), Node.logits())
@@ -82,11 +126,11 @@ class Wiring:
     @cached_property
     def writers_before(self) -> Int[np.ndarray, "reader"]:
         """How many writers each reader may take from: always the first so many."""
-        per_layer = self.n_heads + self.has_mlp
+        per_layer, ports = self.n_heads + self.has_mlp, self.n_heads + 2 * self.n_groups
         before_attention = 1 + per_layer * np.arange(self.n_layers)
         before_mlp = before_attention + (0 if self.parallel else self.n_heads)
         by_layer = np.concatenate(
-            [np.tile(before_attention[:, None], 3 * self.n_heads), np.tile(before_mlp[:, None], int(self.has_mlp))], 1
+            [np.tile(before_attention[:, None], ports), np.tile(before_mlp[:, None], int(self.has_mlp))], 1
         )
         return np.append(by_layer.ravel(), 1 + per_layer * self.n_layers)
 
@@ -106,16 +150,34 @@ class Wiring:
         return np.repeat(np.arange(len(self.readers)), self.writers_before)
 
     @cached_property
-    def edge_owner(self) -> Int[np.ndarray, "edge"]:
-        """The part that each edge is read by: an index into ``writers``, or their number for the logits."""
-        position = {node: index for index, node in enumerate(self.writers)}
-        owner = np.array([position.get(reader.with_port(None), len(position)) for reader in self.readers])
-        return owner[self.edge_reader]
+    def reads(self) -> Bool[np.ndarray, "part reader"]:
+        """Through which readers each part takes what it takes: writers in their order, last the logits.
+
+        A head reads through three ports, of which it may share key and value with others; an MLP through itself.
+        """
+        reads = np.zeros((len(self.writers) + 1, len(self.readers)), dtype=bool)
+        heads = np.arange(self.n_heads)
+        for layer in range(self.n_layers):
+            parts = self.head_slice(layer).start + heads
+            for port in PORTS:
+                own = heads if port == "q" else heads // self.heads_a_group
+                reads[parts, self.port_slice(layer, port).start + own] = True
+            if self.has_mlp:
+                reads[self.head_slice(layer).stop, self.mlp_reader(layer)] = True
+        reads[-1, -1] = True
+        return reads
 
     @cached_property
     def edges_into(self) -> tuple[Int[np.ndarray, "edge"], ...]:
-        """The edges that each writer reads through, by any port; last those of the logits."""
-        return tuple(np.flatnonzero(self.edge_owner == index) for index in range(len(self.writers) + 1))
+        """The edges that each writer reads through, by any port; last those of the logits. Heads may share some."""
+        ends = zip(self._first_edge.tolist(), self.writers_before.tolist(), strict=True)
+        into = [np.arange(first, first + n) for first, n in ends]
+        through = (np.flatnonzero(reads).tolist() for reads in self.reads)
+        return tuple(np.concatenate([np.arange(0), *(into[reader] for reader in readers)]) for readers in through)
+
+    def owners(self, reader: Node) -> tuple[Node, ...]:
+        """The parts that read through a reader: one, or the heads of a group."""
+        return sharing(reader, self.heads_a_group)
 
     @property
     def n_edges(self) -> int:
@@ -173,8 +235,9 @@ class Wiring:
         pairs = zip(self.edge_writer[kept].tolist(), self.edge_reader[kept].tolist(), strict=True)
         ends = [(self.writers[writer], self.readers[reader]) for writer, reader in pairs]
         read = [self.readers[reader] for reader in np.unique(self.edge_reader[kept])]
-        ports = [(reader, reader.with_port(None)) for reader in read if reader.port]
         wrote = [self.writers[writer] for writer in np.unique(self.edge_writer[kept])]
+        present = {*wrote, *(reader.with_port(None) for reader in read if reader.kind == "head")}
+        ports = [tie for reader in read if reader.port for tie in port_edges(reader, self.heads_a_group, present)]
         circuit.add_nodes_from(sorted({*wrote, *read, *(head for _, head in ports)}))
         circuit.add_edges_from(ends)
         circuit.add_edges_from(ports)
@@ -185,11 +248,10 @@ class Wiring:
 
     def mask(self, circuit: nx.DiGraph) -> Bool[np.ndarray, "edge"]:
         """Which edges a circuit keeps. Errors as in ``index``, and ``CircuitError`` for a circuit of another wiring."""
-        for name, fact in self.facts.items():
-            if circuit.graph.get(name, fact) != fact:
-                raise CircuitError(
-                    f"This circuit was made for a model with {name}={circuit.graph[name]}, this one has {name}={fact}."
-                )
+        theirs = shape_of(circuit.graph)
+        for name, fact in shape_of(self.facts).items():
+            if theirs.get(name, fact) != fact:
+                raise CircuitError(f"This circuit was made for a model with {name}={theirs[name]}, this one has {name}={fact}.")
         mask = np.zeros(self.n_edges, dtype=bool)
         mask[[self.index(*edge) for edge in circuit.edges if is_residual(*edge)]] = True
         return mask
@@ -224,20 +286,7 @@ class Wiring:
         node = name if isinstance(name, Node) else Node.parse(name)
         if node in among:
             return among[node]
-        layers = f"{self.n_layers} layers (0..{self.n_layers - 1}) of {self.n_heads} heads (0..{self.n_heads - 1})"
-        parts = f"{layers} {'and an MLP each' if self.has_mlp else 'without MLPs'}"
-        remedy = self._nearest(node, among)
-        if node.pos is not None:
-            remedy = " Scores by position are not part of a wiring: name the part without '@'."
-        raise UnknownNode(f"{str(node)!r} is not a {role} here. This wiring has {parts}.{remedy}")
-
-    def _nearest(self, node: Node, among: Mapping[Node, int]) -> str:
-        """A hint: the same part in the last layer and head that exist, as a port for readers and whole for writers."""
-        layer = None if node.layer is None else min(node.layer, self.n_layers - 1)
-        index = None if node.index is None else min(node.index, self.n_heads - 1)
-        inside = replace(node, layer=layer, index=index)
-        likely = [known for known in (inside, inside.with_port(None), inside.with_port("q")) if known in among]
-        return f" Did you mean {str(likely[0])!r}?" if likely else nearest(str(node), map(str, among))
+        raise UnknownNode(absent(node, role, among, Sizes(self.n_layers, self.n_heads, self.n_groups, self.has_mlp)))
 
     def _check_edge_vector(self, what: str, values: np.ndarray) -> None:
         if np.shape(values) != (self.n_edges,):

@@ -11,8 +11,6 @@ from mechinterp.cache import ActivationCache
 from mechinterp.models.transformer import Transformer
 from mechinterp.models.weights import Weights
 
-SITES = ("embed", "pos_embed", "z", "mlp_out")
-
 
 @dataclass(frozen=True)
 class Writes:
@@ -20,6 +18,8 @@ class Writes:
 
     Heads are stored before ``W_O`` (``d_head`` numbers a position instead of ``d_model``): a head's output is linear in
     its ``z``, so sums, differences and means may be taken here. ``b_O`` belongs to no writer and cancels in differences.
+    Where a model normalises what its heads write, ``z`` is here the site ``z_written``: a head's write is its share of the
+    normalised sum, by the scale of the run that it is taken from, so that the writes of every run sum to its stream.
     ``one_pass``: these are the writes of a run, each a function of those before it, and not numbers put together.
     """
 
@@ -31,12 +31,12 @@ class Writes:
 
     @classmethod
     def of(cls, cache: ActivationCache, weights: Weights, embedded: Tensor | None = None) -> "Writes":
-        """From a pass that recorded ``SITES``; ``embedded`` is what the input wrote, if the pass started behind it."""
+        """From a pass that recorded ``sites``; ``embedded`` is what the input wrote, if the pass started behind it."""
         layers = range(weights.config.n_layers)
         return cls(
             weights,
-            cache["embed"] + cache["pos_embed"] if embedded is None else embedded,
-            tuple(cache["z", layer] for layer in layers),
+            cache.embedded if embedded is None else embedded,
+            tuple(cache[weights.config.write_site, layer] for layer in layers),
             tuple(cache["mlp_out", layer] for layer in layers) if weights.config.has_mlp else (),
             one_pass=True,
         )
@@ -86,17 +86,24 @@ class Writes:
 
     def total(self) -> Float[Tensor, "batch pos d_model"]:
         """All writes and the biases ``b_O``: the residual stream that the logits read, for the writes of one pass."""
-        blocks = self.weights.blocks
-        heads = (z.flatten(2) @ block.W_O + block.b_O for z, block in zip(self.z, blocks, strict=True))
+        heads = (heads_sum(self.weights, layer, z) + self.weights.blocks[layer].b_O for layer, z in enumerate(self.z))
         return sum(self.mlp_out, start=sum(heads, start=self.input))
 
 
+def heads_sum(
+    weights: Weights, layer: int, z: Float[Tensor, "*batch pos head_index d_head"]
+) -> Float[Tensor, "*batch pos d_model"]:
+    """What all heads of a layer write together, or by how much that changes: linear in ``z``, ``b_O`` left out."""
+    return z.flatten(-2) @ weights.W_O(layer).flatten(0, 1)
+
+
 def expand(weights: Weights, layer: int, z: Tensor) -> Float[Tensor, "head_index batch pos d_model"]:
-    """Per-head outputs of a layer from its ``z``: one batched product, never a sum over ``d_head`` in the open."""
+    """Per-head outputs of a layer from its ``z`` (as ``Writes`` holds it), as one batched product."""
     per_head = z.flatten(0, 1).transpose(0, 1)
     return torch.bmm(per_head, weights.W_O(layer)).unflatten(1, z.shape[:2])
 
 
 def sites(model: Transformer) -> list[str]:
     """What a pass must record for ``Writes.of``."""
-    return [site for site in SITES if site != "mlp_out" or model.config.has_mlp]
+    config = model.config
+    return ["embed", *["pos_embed"] * config.learned_positions, config.write_site, *["mlp_out"] * config.has_mlp]

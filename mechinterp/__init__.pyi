@@ -17,6 +17,7 @@ from mechinterp.interventions import steer as steer
 from mechinterp.interventions import swap_heads as swap_heads
 from mechinterp.metrics import METRICS as METRICS
 from mechinterp.models.config import ModelConfig as ModelConfig
+from mechinterp.models.folding import fold as fold
 from mechinterp.models.load import load as load
 from mechinterp.models.load import save as save
 from mechinterp.models.tokenizer import Tokenizer as Tokenizer

@@ -102,7 +102,7 @@ def decompose(
     ``answer`` and ``foil`` are single tokens with their leading space; None takes the likeliest token and the runner-up
     (the runner-up only if no answer is named). ``baseline``: what is left of a token that is not relevant: the ``"mean"``
     embedding of the vocabulary, at the same position (so a score is due to *which* word stands there), or ``"zero"``,
-    which takes the position away as well. ``bos``: None prepends BOS where the model was trained with it.
+    which takes a learned position away as well. ``bos``: None prepends BOS where the model was trained with it.
 
     ``phrases``: parts of the text, each scored as one source (the first place where it stands). Or True, to merge tokens
     into phrases (Singh et al. 2019, algorithm 1): tokens at or above the ``percentile`` of ``|score|`` are the first groups;
@@ -199,17 +199,18 @@ class _Question:
         return inside[0], inside[-1] + 1
 
     def text(self, span: Span) -> str:
-        return self.tokenizer.decode(self.tokens[slice(*span)].tolist())
+        return self.tokenizer.decode(self.tokens[slice(*span)].tolist(), after=self.tokens[: span[0]].tolist())
 
     def _difference(self, logits: Float[Tensor, "*source candidate"]) -> Float[Tensor, "*source"]:
         return logits[..., 0] - logits[..., 1] if logits.shape[-1] > 1 else logits[..., 0]
 
 
 def _baseline(model: Transformer, n_pos: int, baseline: str) -> Reference:
-    weights = model.weights
+    weights, scale = model.weights, model.config.embed_scale
     if baseline == "zero":
         return {}  # nothing is irrelevant of a token
-    return {INPUT: (weights.W_E.mean(0) + weights.W_pos[:n_pos])[None]}
+    mean = weights.W_E.mean(0) if scale is None else weights.W_E.mean(0) * scale
+    return {INPUT: (mean.expand(n_pos, -1) if weights.W_pos is None else mean + weights.W_pos[:n_pos])[None]}
 
 
 def _agglomerate(

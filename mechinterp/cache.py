@@ -48,13 +48,14 @@ class ActivationCache(Mapping[Site, Tensor]):
         """What a writer added to the residual stream, rebuilt from ``embed``, ``pos_embed``, ``z`` or ``mlp_out``.
 
         The bias of an attention layer, ``b_O``, belongs to no head: the heads' outputs and ``b_O`` sum to ``attn_out``.
+        Where what heads write is normalised, a head's output is its share of that: rebuilt from ``z_written``.
         """
         node = Node.parse(node) if isinstance(node, str) else node
         if node.pos is not None:
             instead = f"output({str(node.at(None))!r})[:, {node.pos}]"
             raise UnknownNode(f"{str(node)!r} is a part at one position. Ask for {instead}.")
         if node.kind == "input":
-            return self["embed"] + self["pos_embed"]
+            return self.embedded
         if node.kind == "mlp" and node.layer is not None:
             return self["mlp_out", node.layer]
         if node.kind == "head" and node.port is None and node.layer is not None and node.index is not None:
@@ -62,12 +63,27 @@ class ActivationCache(Mapping[Site, Tensor]):
             if not (node.layer < config.n_layers and node.index < config.n_heads):
                 there = f"layers 0..{config.n_layers - 1} of heads 0..{config.n_heads - 1}"
                 raise UnknownNode(f"{str(node)!r} is not in {config.name}, which has {there}.")
-            return self["z", node.layer][:, :, node.index] @ self._weights.W_O(node.layer)[node.index]
+            z = self[config.write_site, node.layer]
+            return z[:, :, node.index] @ self._weights.W_O(node.layer)[node.index]
         raise UnknownNode(f"{str(node)!r} writes nothing to the residual stream. Writers are the input, heads and MLPs.")
 
+    @property
+    def embedded(self) -> Float[Tensor, "batch pos d_model"]:
+        """What the input wrote: token embeddings and, where there are any, learned positions."""
+        return self["embed"] + self["pos_embed"] if self._weights.config.learned_positions else self["embed"]
+
     def to_transformer_lens(self) -> dict[str, Tensor]:
-        """The same tensors under TransformerLens' hook names."""
-        return {site.hook_name: tensor for site, tensor in self.items()}
+        """The same tensors under TransformerLens' hook names, but for those that it does not have.
+
+        These are ``z_written`` and, under a soft cap, ``logits``: its ``unembed.hook_out`` is before the cap. Where a model
+        normalises after its heads and MLP alone (OLMo-2), its ``ln1`` and ``ln2`` are our ``ln1_post`` and ``ln2_post``.
+        """
+        config = self._weights.config
+        named = {
+            site.hook_name: tensor for site, tensor in self.items() if not (config.logit_soft_cap and site.name == "logits")
+        }
+        own = "." if config.norms == "after" else "_post."
+        return {name.replace("_post.", own): tensor for name, tensor in named.items() if name is not None}
 
     def __repr__(self) -> str:
         return f"ActivationCache({', '.join(f'{site} {tuple(value.shape)}' for site, value in self.items())})"

@@ -60,7 +60,7 @@ def generate(
         tokenizer = tokenizer_of(model)
         batch = torch.tensor([tokenizer.encode(prompts)], dtype=torch.long)
         new = generate(model, batch, n_new, ends=ends, patch=patch, temperature=temperature, seed=seed)
-        return tokenizer.decode(new[0].tolist())
+        return tokenizer.decode(new[0].tolist(), after=tokenizer.spans(prompts)[0])
     if not isinstance(prompts, Tensor) or prompts.dim() != 2:
         given = f"a tensor of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
         raise ModelError(f"prompts are given as {given}. Give one text, or tokens of shape [batch, pos] with their `ends`.")

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import ModelError
+from mechinterp.models.normalization import centre, scale_of
 from mechinterp.models.transformer import Transformer
 from mechinterp.models.weights import Norm
 
@@ -31,7 +32,11 @@ _ROUNDING = 1e-5  # eigenvalues below this fraction of the norms that they come 
 
 @dataclass(frozen=True, eq=False)
 class Repetition:
-    """Each head's mean share of attention (0 to 1) on the places of ``BACK``; ``chance`` is what even attention gives."""
+    """Each head's mean share of attention (0 to 1) on the places of ``BACK``; ``chance`` is what even attention gives.
+
+    Even over all positions that a query may see, in layers without a window; one that looks no further back than ``n_repeated``
+    cannot see most of these places, and its heads' shares of them are 0.
+    """
 
     shares: Mapping[str, Float[Tensor, "layer head_index"]]
     chance: float
@@ -127,14 +132,16 @@ def copying_scores(model: Transformer) -> Float[Tensor, "layer head_index"]:
 
     ``E`` is a token as later layers find it: its embedding and what the first MLP makes of it, as in Wang et al. 2022 (their
     copying score counts names among the five highest logits; Elhage et al. take ``W_E`` alone, which tied embeddings mislead).
-    Normalised exactly as the head reads it. Left out: the position, what other parts have written by then, and the final
-    normalisation's scale, which is positive and the same for all tokens. Cost: the first MLP on the whole vocabulary, a product
+    Normalised exactly as the head reads it. Left out: the position, what other parts have written by then, and scales that
+    are positive and the same for all tokens, that of the final normalisation and of one after attention; and soft caps of
+    logits, which keep their order. Cost: the first MLP on the whole vocabulary, a product
     of ``d_vocab d_model^2``, and the eigenvalues of one ``d_head x d_head`` matrix a head (20 s for GPT-2 small, on one core).
     """
     found = torch.zeros(model.config.n_layers, model.config.n_heads, dtype=torch.float64)
     between = (readout(model) @ token_streams(model)).double()  # [d_model that is written, d_model that is read]
     for layer, block in enumerate(model.weights.blocks):
         W_V = _gained(model.weights.W_V(layer).double(), block.ln1)
+        W_V = W_V.repeat_interleave(model.config.n_heads // model.config.n_groups, dim=0)
         W_O = model.weights.W_O(layer).double()
         # E W_V W_O U is d_vocab x d_vocab; its eigenvalues that are not zero are those of W_O U E W_V.
         cycle = torch.einsum("hdm,mn,hne->hde", W_O, between, W_V)
@@ -149,21 +156,21 @@ def copying_scores(model: Transformer) -> Float[Tensor, "layer head_index"]:
 @torch.no_grad()
 def readout(model: Transformer) -> Float[Tensor, "d_model d_vocab"]:
     """The direction that raises each token's logit above the mean over the vocabulary: ``x @ readout / scale`` for what a part
-    adds to the residual stream, with the final normalisation's scale (``ln_final_scale``; 1 without normalisation)."""
+    adds to the residual stream, with the final normalisation's scale (``ln_final_scale``; 1 without normalisation); before a
+    soft cap, where logits are capped."""
     U = _gained(model.weights.W_U, model.weights.ln_final)
     U = U - U.mean(1, keepdim=True)
-    return U if model.weights.ln_final is None else U - U.mean(0, keepdim=True)
+    return U - U.mean(0, keepdim=True) if model.config.centred else U
 
 
 @torch.no_grad()
 def token_streams(model: Transformer) -> Float[Tensor, "d_vocab d_model"]:
-    """Each token as it stands behind the first MLP, alone and without a position; standardised, where heads standardise."""
-    streams = model.weights.W_E
-    if model.config.has_mlp:
+    """Each token as it stands behind the first MLP, alone and without a position; normalised, where heads normalise."""
+    config = model.config
+    streams = model.weights.W_E if config.embed_scale is None else model.weights.W_E * config.embed_scale
+    if config.has_mlp:
         streams = torch.cat([some + model.feed_forward(0, some[None])[0] for some in streams.split(_TOKENS_AT_ONCE)])
-    if model.weights.ln_final is None:
-        return streams
-    return torch.nn.functional.layer_norm(streams, streams.shape[-1:], eps=model.config.norm_eps)
+    return centre(streams, config) / scale_of(streams, config) if config.has_norms_before else streams
 
 
 def _gained(W: Float[Tensor, "*some d_model d_out"], norm: Norm | None) -> Float[Tensor, "*some d_model d_out"]:

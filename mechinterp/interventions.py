@@ -137,7 +137,10 @@ def rewrite_attention(
 
 
 def scale_heads(factors: Mapping[Node | str, float], *, at: Positions | None = None) -> dict[Site | str, Patch]:
-    """What a head gathers, times a factor: 0 silences it, 2 makes it twice as loud. ``at`` one position a prompt, or all."""
+    """What a head gathers, times a factor: 0 silences it, 2 makes it twice as loud. ``at`` one position a prompt, or all.
+
+    Where a model normalises what the heads of a layer write together (Gemma-2, OLMo-2), the others' writes change with it.
+    """
     by_layer: dict[int, dict[int, float]] = defaultdict(dict)
     for name, factor in factors.items():
         layer, index = whole_head(name)
@@ -258,8 +261,15 @@ def whole_head(name: Node | str) -> tuple[int, int]:
     """Layer and index of a head; ``UnknownNode`` for any other part."""
     head = Node.parse(name) if isinstance(name, str) else name
     if head.kind != "head" or head.port or head.layer is None or head.index is None or head.pos is not None:
-        raise UnknownNode(f"{str(name)!r} is not a whole head. Name heads such as 'a9.h6'; an MLP is the site 'mlp_out.9'.")
+        raise UnknownNode(f"{str(name)!r} is not a whole head. Name heads such as 'a9.h6'; {_site_of(head)}.")
     return head.layer, head.index
+
+
+def _site_of(part: Node) -> str:
+    """Under which name a part that is no head can be read and written."""
+    if part.kind == "group":
+        return f"what the heads of a group share is the site '{part.port or 'v'}.{part.layer}'"
+    return "an MLP is the site 'mlp_out.9'"
 
 
 def _stream(site: Site | str) -> Site:

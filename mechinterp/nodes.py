@@ -2,8 +2,9 @@
 
 ``input`` (token and position embedding), ``a9.h6`` (head 6 of layer 9), ``a9.h6.q`` (a port: what the head's query
 reads), ``m4`` (the MLP of layer 4), ``m4.n123`` (its hidden neuron 123), ``logits``; ``a9.h6@14`` is the head at position
-14. ``f5.1234`` is latent 1234 of the sparse autoencoder on layer 5's heads, ``f5.error`` what that autoencoder leaves over.
-``str`` and ``Node.parse`` are inverse.
+14. Where query heads share keys and values, those are read once for each group of heads: ``a9.g1.k`` and ``a9.g1.v`` are the
+ports of group 1, and of ports of its own a head has ``a9.h6.q`` alone. ``f5.1234`` is latent 1234 of the sparse autoencoder
+on layer 5's heads, ``f5.error`` what that autoencoder leaves over. ``str`` and ``Node.parse`` are inverse.
 """
 
 import re
@@ -14,12 +15,13 @@ from typing import Literal
 
 from mechinterp.errors import UnknownNode, nearest
 
-Kind = Literal["input", "head", "latent", "error", "neuron", "mlp", "logits"]
+Kind = Literal["input", "head", "group", "latent", "error", "neuron", "mlp", "logits"]
 Port = Literal["q", "k", "v"]
 PORTS: tuple[Port, ...] = ("q", "k", "v")
 
 _PATTERN = re.compile(
     r"(?P<input>input)|(?P<logits>logits)|a(?P<layer>\d+)\.h(?P<head>\d+)(\.(?P<port>[qkv]))?"
+    r"|a(?P<group_layer>\d+)\.g(?P<group>\d+)(\.(?P<group_port>[kv]))?"
     r"|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|f(?P<latent_layer>\d+)\.((?P<latent>\d+)|(?P<error>error))"
 )
 
@@ -53,6 +55,11 @@ class Node:
         return cls("head", layer, head, port)
 
     @classmethod
+    def group(cls, layer: int, group: int, port: Port | None = None) -> "Node":
+        """A group of query heads that share a key and a value; with a port, that key or value."""
+        return cls("group", layer, group, port)
+
+    @classmethod
     def mlp(cls, layer: int) -> "Node":
         return cls("mlp", layer)
 
@@ -76,7 +83,7 @@ class Node:
         if found is None or (at and not position.isdecimal()):
             raise UnknownNode(
                 f"{text!r} is not the name of a node. Names look like 'input', 'a9.h6', 'a9.h6.q', 'm4', 'm4.n123', 'logits', "
-                f"'f5.1234', 'f5.error', each also with a position: 'a9.h6@14'.{nearest(name, ['input', 'logits'])}"
+                f"'a9.g1.k', 'f5.1234', 'f5.error', each also with a position: 'a9.h6@14'.{nearest(name, ['input', 'logits'])}"
             )
         return replace(_from_match(found), pos=int(position) if at else None)
 
@@ -85,7 +92,7 @@ class Node:
         return replace(self, pos=pos)
 
     def with_port(self, port: Port | None) -> "Node":
-        """The port of a head, or with ``None`` the head that a port belongs to."""
+        """The port of a head or group, or with ``None`` the head or group that a port belongs to."""
         return replace(self, port=port)
 
     def __str__(self) -> str:
@@ -95,6 +102,7 @@ class Node:
             "mlp": f"m{self.layer}",
             "neuron": f"m{self.layer}.n{self.index}",
             "head": f"a{self.layer}.h{self.index}" + (f".{self.port}" if self.port else ""),
+            "group": f"a{self.layer}.g{self.index}" + (f".{self.port}" if self.port else ""),
             "latent": f"f{self.layer}.{self.index}",
             "error": f"f{self.layer}.error",
         }[self.kind]
@@ -122,9 +130,10 @@ class Node:
     def _order(self) -> tuple:
         """Layer by layer: ports, heads, latents of the attention output, their error, the MLP's neurons, the MLP."""
         layer = {"input": -1, "logits": 1 << 30}.get(self.kind, self.layer)
-        stages = {"input": 0, "head": 0 if self.port else 1, "latent": 2, "error": 3, "neuron": 4, "mlp": 5, "logits": 6}
+        stages = {"input": 0, "group": 0, "head": 0 if self.port else 1, "latent": 2, "error": 3, "neuron": 4, "mlp": 5}
+        stage = stages.get(self.kind, len(stages))  # the logits
         port = PORTS.index(self.port) if self.port else 0
-        return (layer, stages[self.kind], self.index or 0, port, -1 if self.pos is None else self.pos)
+        return (layer, stage, self.index or 0, self.kind == "group", port, -1 if self.pos is None else self.pos)
 
 
 def nodes_of(names: Node | str | Iterable[Node | str]) -> tuple[Node, ...]:
@@ -142,6 +151,8 @@ def _from_match(found: re.Match) -> Node:
         return Node.input()
     if found["logits"]:
         return Node.logits()
+    if found["group"]:
+        return Node.group(int(found["group_layer"]), int(found["group"]), found["group_port"])
     if found["neuron"]:
         return Node.neuron(int(found["mlp"]), int(found["neuron"]))
     if found["mlp"]:

@@ -55,12 +55,13 @@ class Sinks:
     """What every position of every prompt receives from queries after it, in every head, and the norms of the values.
 
     ``received``: attention, mean over these queries (0..1); ``chance``: the same were attention even; ``value_norms``: over
-    the mean of the prompt's other positions. Padding and positions with fewer than ``min_queries`` after them hold nan.
+    the mean of the prompt's other positions. Padding and positions with fewer than ``min_queries`` after them hold nan. Of
+    layers with a window only queries count that see the position; heads that share a value have its norm.
     """
 
     tokens: Int[Tensor, "batch pos"]
     received: Grid
-    chance: Float[Tensor, "batch pos"]
+    chance: Float[Tensor, "layer batch pos"]
     value_norms: Grid
     threshold: float
     max_value_norm: float
@@ -95,7 +96,7 @@ class Sinks:
 
         ``min_seen``: how often it must occur, per prompt; one that is rare may have been attended to for another reason.
         """
-        counted = ~self.chance.isnan()
+        counted = ~self.chance.isnan().all(0)
         rows: list[Sink] = []
         for is_first in (True, False):
             here = counted & (self._is_first if is_first else ~self._is_first)
@@ -125,7 +126,7 @@ class Sinks:
         if not bool(rests.any()):
             return None
         received, norms = self.received[:, :, there][rests], self.value_norms[:, :, there][rests]
-        text = str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+        text = str(token) if self.tokenizer is None else self.tokenizer.strings([token])[0]
         return Sink(
             token=text,
             kind=_kind(token, text, self.tokenizer),
@@ -133,7 +134,7 @@ class Sinks:
             n_occurrences=int(there.sum()),
             heads=_named(rests),
             share=float(received.mean()),
-            times_chance=float((received / self.chance[there]).mean()),
+            times_chance=float((self.received / self.chance[:, None])[:, :, there][rests].mean()),
             value_norm=float(norms.mean()),
         )
 
@@ -170,7 +171,7 @@ def find_sinks(
         for rows, at in zip(tokens.split(batch_size), ends.split(batch_size), strict=True)
     ]
     received, norms = (torch.cat([part[i] for part in parts], 2) for i in (0, 2))
-    chance = torch.cat([part[1] for part in parts])
+    chance = torch.cat([part[1] for part in parts], 1)
     if bool(chance.isnan().all()):
         raise ModelError(
             f"no position has min_queries={min_queries} queries after it: the longest prompt has {int(ends.max()) + 1} tokens. "
@@ -243,27 +244,29 @@ def _mask_of(sinks: Tensor, layer: int, indices: list[int]) -> Bool[Tensor, "bat
 
 def _measure(
     model: Transformer, tokens: Int[Tensor, "batch pos"], ends: Int[Tensor, "batch"], min_queries: int
-) -> tuple[Grid, Float[Tensor, "batch pos"], Grid]:
+) -> tuple[Grid, Float[Tensor, "layer batch pos"], Grid]:
     """Attention received, what it would be if it were even, and the relative norms of the values."""
+    config = model.config
     _, cache = model.run(tokens, record=["pattern", "v"])
-    asks, n_seen = _who_asks(tokens.shape[1], ends, model.config.causal)
-    n_asks = asks.sum(1)
-    chance = (asks / n_seen[:, :, None]).sum(1) / n_asks
+    asking = {window: _who_asks(tokens.shape[1], ends, config.causal, window) for window in {None, config.window}}
     real = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]
-    received, norms = [], []
-    for layer in range(model.config.n_layers):
-        received.append(torch.einsum("bhqk,bqk->hbk", cache["pattern", layer], asks.to(model.dtype)) / n_asks)
-        size = torch.einsum("bkh->hbk", cache["v", layer].norm(dim=-1)) * real
+    received, chances, norms = [], [], []
+    for layer in range(config.n_layers):
+        asks, n_seen = asking[config.window_of(layer)]
+        n_asks = asks.sum(1)
+        few = n_asks < max(min_queries, 1)
+        share = torch.einsum("bhqk,bqk->hbk", cache["pattern", layer], asks.to(model.dtype)) / n_asks
+        chance = (asks / n_seen[:, :, None]).sum(1) / n_asks
+        size = torch.einsum("bkg->gbk", cache["v", layer].norm(dim=-1)) * real
         others = (size.sum(-1, keepdim=True) - size) / (real.sum(-1, keepdim=True) - 1)
-        norms.append(size / others)
-    few = n_asks < max(min_queries, 1)
-    whole = (torch.stack(received), chance, torch.stack(norms))
-    received, chance, norms = (each.double().masked_fill(few, torch.nan).cpu() for each in whole)
-    return received, chance, norms
+        norm = (size / others).repeat_interleave(config.n_heads // config.n_groups, 0)
+        for found, of_layer in zip((received, chances, norms), (share, chance, norm), strict=True):
+            found.append(of_layer.double().masked_fill(few, torch.nan).cpu())
+    return torch.stack(received), torch.stack(chances), torch.stack(norms)
 
 
 def _who_asks(
-    n_pos: int, ends: Int[Tensor, "batch"], causal: bool
+    n_pos: int, ends: Int[Tensor, "batch"], causal: bool, window: int | None
 ) -> tuple[Bool[Tensor, "batch query_pos key_pos"], Int[Tensor, "batch query_pos"]]:
     """Which queries may attend to each key other than their own, and how many keys they see in all."""
     place = torch.arange(n_pos, device=ends.device)
@@ -271,7 +274,9 @@ def _who_asks(
     asks = real[:, :, None] & real[:, None] & (place[:, None] != place)
     if not causal:
         return asks, (ends[:, None] + 1).expand(-1, n_pos)
-    return asks & (place[:, None] > place), (place + 1).expand(len(ends), -1)
+    window = n_pos if window is None else window
+    back = place[:, None] - place
+    return asks & (back > 0) & (back < window), (place + 1).clamp(max=window).expand(len(ends), -1)
 
 
 def _named(heads: Bool[Tensor, "layer head_index"]) -> tuple[Node, ...]:

@@ -4,6 +4,8 @@
 
 Where an autoencoder stands at ``z`` of an earlier layer, its active latents ``f_j W_dec[j] W_O`` and its error take the
 heads' place, so the list still sums to the stream exactly. Latents that are not active write nothing and are not listed.
+A model without learned positions has no ``pos_embed``. One that normalises what its heads write together adds of each
+head, latent and error its share: ``W_O`` with the normalisation's gain, divided by its scale at that position.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,12 +19,13 @@ from torch import Tensor
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import SAEError
 from mechinterp.models.config import ModelConfig
+from mechinterp.models.normalization import scale_of
 from mechinterp.models.transformer import Transformer
 from mechinterp.models.weights import Norm
 from mechinterp.nodes import Node
 from mechinterp.sites import Site
 from saes.base import SparseAutoencoder
-from saes.linear import alone, frozen_decoder, layer_of, output_weights
+from saes.linear import alone, frozen_decoder, layer_of, output_weights, write_scale, write_scale_sites
 
 Kind = Literal["embed", "pos_embed", "head", "latent", "error", "bias", "mlp"]
 Standing = dict[tuple[int, int | None], SparseAutoencoder]  # by layer and head
@@ -88,9 +91,10 @@ class Stream:
 
 def component_sites(config: ModelConfig, layer: int) -> list[Site]:
     """What a pass must record so that ``stream_of`` can take apart what the heads of ``layer`` read."""
-    names = ("z", "mlp_out") if config.has_mlp else ("z",)
-    written = [Site(name, earlier) for earlier in range(layer) for name in names]
-    return [Site("embed"), Site("pos_embed"), *written, Site("resid_pre", layer)]
+    embedded = [Site("embed"), *[Site("pos_embed")] * config.learned_positions]
+    heads = [site for earlier in range(layer) for site in write_scale_sites(config, earlier)]
+    mlps = [Site("mlp_out", earlier) for earlier in range(layer) if config.has_mlp]
+    return [*embedded, *heads, *mlps, Site("resid_pre", layer)]
 
 
 def stream_of(
@@ -112,10 +116,12 @@ def stream_of(
     at = torch.arange(cache["embed"].shape[1]) if positions is None else torch.as_tensor(positions, dtype=torch.long)
     at = at.to(model.device)
     terms = _Terms(at)
-    for kind in ("embed", "pos_embed"):
-        terms.add(Component(kind), cache[kind][prompt, at])
+    terms.add(Component("embed"), cache["embed"][prompt, at])
+    if model.config.learned_positions:
+        terms.add(Component("pos_embed"), cache["pos_embed"][prompt, at])
     for earlier in range(layer):
-        _add_attention(terms, model, cache["z", earlier][prompt, at], earlier, standing)
+        z, scale = cache["z", earlier][prompt, at], write_scale(model, cache, earlier)[prompt, at]
+        _add_attention(terms, model, z, scale, earlier, standing)
         if model.config.has_mlp:
             terms.add(Component("mlp", earlier), cache["mlp_out", earlier][prompt, at])
     return terms.stream()
@@ -136,24 +142,22 @@ def standing_at(autoencoders: Iterable[SparseAutoencoder], config: ModelConfig) 
     return found
 
 
-def fold(norm: Norm | None, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
-    """``W`` behind a LayerNorm as a map of the stream before it, but for the scale: gain, and the centring of the input."""
+def fold(norm: Norm | None, W: Float[Tensor, "d_model out"], config: ModelConfig) -> Float[Tensor, "d_model out"]:
+    """``W`` behind a normalisation as a map of the stream before it, but for the scale: gain, and a LayerNorm's centring."""
     if norm is None:
         return W
-    gained = W if norm.w is None else norm.w.unsqueeze(1) * W
-    return gained - gained.mean(0)  # (x - mean x) . w = x . (w - mean w)
+    W = W if norm.w is None else norm.w.unsqueeze(1) * W
+    return W - W.mean(0) if config.centred else W  # (x - mean x) . w = x . (w - mean w)
 
 
 def folded_bias(norm: Norm | None, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "out"]:
-    """What a LayerNorm's own bias adds behind ``W``."""
+    """What a normalisation's own bias adds behind ``W``."""
     return W.new_zeros(W.shape[1]) if norm is None or norm.b is None else norm.b @ W
 
 
-def norm_scale(norm: Norm | None, stream: Float[Tensor, "pos d_model"], eps: float) -> Float[Tensor, "pos"]:
-    """What a LayerNorm divides by, to be held fixed; 1 without one."""
-    if norm is None:
-        return torch.ones_like(stream[:, 0])
-    return (stream.var(-1, correction=0) + eps).sqrt()
+def norm_scale(norm: Norm | None, stream: Float[Tensor, "pos d_model"], config: ModelConfig) -> Float[Tensor, "pos"]:
+    """What a normalisation divides by, to be held fixed; 1 without one."""
+    return torch.ones_like(stream[:, 0]) if norm is None else scale_of(stream, config).squeeze(-1)
 
 
 class _Terms:
@@ -178,23 +182,29 @@ class _Terms:
 
 
 def _add_attention(
-    terms: _Terms, model: Transformer, z: Float[Tensor, "pos head_index d_head"], layer: int, standing: Standing
+    terms: _Terms,
+    model: Transformer,
+    z: Float[Tensor, "pos head_index d_head"],
+    divisor: Float[Tensor, "pos 1"],
+    layer: int,
+    standing: Standing,
 ):
+    """What a layer's heads write, divided by ``divisor``."""
     bias = model.weights.blocks[layer].b_O.expand(len(z), -1)
     if (one := standing.get((layer, None))) is not None:
-        bias = bias + _add_latents(terms, model, one, z.flatten(1))
+        bias = bias + _add_latents(terms, model, one, z.flatten(1), divisor)
     else:
         W_O = model.weights.W_O(layer)
         for head in range(model.config.n_heads):
             if (one := standing.get((layer, head))) is not None:
-                bias = bias + _add_latents(terms, model, one, z[:, head])
+                bias = bias + _add_latents(terms, model, one, z[:, head], divisor)
             else:
-                terms.add(Component("head", layer, head), z[:, head] @ W_O[head])
+                terms.add(Component("head", layer, head), z[:, head] / divisor @ W_O[head])
     terms.add(Component("bias", layer), bias)
 
 
 def _add_latents(
-    terms: _Terms, model: Transformer, one: SparseAutoencoder, x: Float[Tensor, "pos d_in"]
+    terms: _Terms, model: Transformer, one: SparseAutoencoder, x: Float[Tensor, "pos d_in"], divisor: Float[Tensor, "pos 1"]
 ) -> Float[Tensor, "pos d_model"]:
     """Adds active latents and the error; returns what the decoder's bias writes."""
     layer, head, W_O = layer_of(one), one.places[0].head, output_weights(model, one)
@@ -203,11 +213,11 @@ def _add_latents(
     scale, shift = frozen_decoder(one, x)
     rows, active = latents.nonzero(as_tuple=True)
     listed, which = active.unique(return_inverse=True)
-    sizes = (latents * scale)[rows, active].to(W_O.dtype)
+    sizes = (latents * scale / divisor)[rows, active].to(W_O.dtype)
     first = 0 if head is None else head * one.d_sae
     names = [Component("latent", layer, head, first + latent) for latent in listed.tolist()]
     terms.add_some(names, which, rows, sizes.unsqueeze(1) * (one.W_dec[0][listed].to(W_O.dtype) @ W_O)[which])
     b_dec = scale * one.b_dec[0] + shift
     error = x - scale * (latents @ one.W_dec[0]) - b_dec
-    terms.add(Component("error", layer, head), error.to(W_O.dtype) @ W_O)
-    return b_dec.to(W_O.dtype) @ W_O
+    terms.add(Component("error", layer, head), error.to(W_O.dtype) / divisor @ W_O)
+    return b_dec.to(W_O.dtype) / divisor @ W_O

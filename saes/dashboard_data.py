@@ -124,7 +124,7 @@ def _nearest(one: SparseAutoencoder, latents: list[int]) -> list[list[list[Any]]
     """The latents of the same group whose decoder rows point most nearly the same way."""
     unit = torch.nn.functional.normalize(one.W_dec[0], dim=-1)
     found = []
-    for some in torch.tensor(latents, device=unit.device).split(512):
+    for some in torch.tensor(latents, dtype=torch.long, device=unit.device).split(512):
         cosine = unit[some] @ unit.T
         cosine[torch.arange(len(some)), some] = -torch.inf
         best = cosine.topk(min(N_NEAREST, one.d_sae - 1))

@@ -1,7 +1,7 @@
 """An autoencoder on ``z`` as two linear maps: what its latents read of each head, and what they write to the stream.
 
-Both are exact where a latent is active, once what depends on the whole input is held at its value (``normalize``).
-Attributions to latents stand on these maps.
+Both are exact where a latent is active, once what depends on the whole input is held at its value (``normalize``, and the
+scale of a normalisation after attention). Attributions to latents stand on these maps.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp.cache import ActivationCache
 from mechinterp.errors import SAEError
+from mechinterp.models.config import ModelConfig
 from mechinterp.models.transformer import Transformer
+from mechinterp.sites import Site
 from saes.base import NORMALIZATIONS, SparseAutoencoder
 from saes.places import Place
 
@@ -100,10 +103,28 @@ def frozen_decoder(
 
 
 def output_weights(model: Transformer, autoencoder: SparseAutoencoder) -> Float[Tensor, "d_in d_model"]:
-    """The rows of ``W_O`` through which what stands at a single group's place reaches the stream, in the model's precision."""
+    """The rows of ``W_O`` through which what stands at a single group's place reaches the stream, in the model's precision.
+
+    Under a normalisation after attention, but for its scale (``write_scale``).
+    """
     W_O = model.weights.W_O(layer_of(autoencoder))
     head = autoencoder.places[0].head
     return W_O.flatten(0, 1) if head is None else W_O[head]
+
+
+def write_scale(model: Transformer, cache: ActivationCache, layer: int) -> Float[Tensor, "batch pos 1"]:
+    """By what a layer's normalisation after attention divides all that its heads write; 1 without one.
+
+    It is the site ``ln1_post_scale``, where a model has it (``write_scale_sites``).
+    """
+    if model.config.has_norms_after:
+        return cache["ln1_post_scale", layer]
+    return model.weights.W_E.new_ones(1, 1, 1).expand(*cache["z", layer].shape[:2], 1)
+
+
+def write_scale_sites(config: ModelConfig, layer: int) -> list[Site]:
+    """What a pass must record for ``write_scale``."""
+    return [Site("z", layer), *[Site("ln1_post_scale", layer)] * config.has_norms_after]
 
 
 def written(
@@ -112,6 +133,8 @@ def written(
     """``W_dec[i] W_O``: what each latent adds to the residual stream, per unit of its activation.
 
     In the model's precision. Where ``normalize`` is not "none", an activation of 1 adds this times the input's own scale.
+    Where a model normalises what its heads write (Gemma-2, OLMo-2), a latent adds its share: this, with the normalisation's
+    gain in it, divided by the scale that all heads of that position make together (the site ``ln1_post_scale``).
     ``SAEError`` for an autoencoder that does not fit the model, does not stand at ``z``, or has several groups and no
     ``place`` named.
     """

@@ -42,14 +42,14 @@ class TokenEffects:
 def logit_effects(
     model: Transformer, autoencoder: SparseAutoencoder, latents: Chosen = None, *, place: Place | str | None = None
 ) -> Float[Tensor, "latent d_vocab"]:
-    """What a unit of each latent adds to each logit directly, times the final LayerNorm's scale at that position.
+    """What a unit of each latent adds to each logit directly, times the final normalisation's scale at that position.
 
     Exactly what adding ``written(...)`` to the last residual stream does to the logits with ``ln_final_scale`` held fixed,
-    once divided by it: the gain and the centring of the final LayerNorm are in it. A constant over the vocabulary changes
-    no probability; compare tokens, or subtract the mean. Memory: latents × d_vocab, and a copy of ``W_U``.
+    once divided by it: the gain and the centring of the final normalisation are in it. Where logits are soft-capped (Gemma-2)
+    it is what the logits before the cap gain. A constant over the vocabulary changes no probability (before a cap); compare
+    tokens, or subtract the mean. Memory: latents × d_vocab, and a copy of ``W_U``.
     """
-    weights = model.weights
-    return written(model, autoencoder, latents, place=place) @ fold(weights.ln_final, weights.W_U)
+    return written(model, autoencoder, latents, place=place) @ _readout(model)
 
 
 def top_tokens(
@@ -69,7 +69,7 @@ def top_tokens(
     chosen = numbers(one, latents)
     if not 1 <= n <= model.config.d_vocab:
         raise SAEError(f"n={n} tokens cannot be shown of {model.config.d_vocab}. Give 1 <= n <= {model.config.d_vocab}.")
-    U = fold(model.weights.ln_final, model.weights.W_U)
+    U = _readout(model)
     U = U - U.mean(1, keepdim=True)
     top, bottom = [], []
     for some in chosen.split(max(1, _CHUNK // model.config.d_vocab)):
@@ -79,3 +79,7 @@ def top_tokens(
     best, worst = (torch.cat([found.indices for found in side]) for side in (top, bottom))
     most, least = (torch.cat([found.values for found in side]) for side in (top, bottom))
     return TokenEffects(tuple(chosen.tolist()), best, most, worst, least)
+
+
+def _readout(model: Transformer) -> Float[Tensor, "d_model d_vocab"]:
+    return fold(model.weights.ln_final, model.weights.W_U, model.config)

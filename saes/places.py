@@ -1,4 +1,7 @@
-"""Where an autoencoder reads and writes: a whole site (``z.5``: all heads, concatenated) or one head's part (``z.5.h3``)."""
+"""Where an autoencoder reads and writes: a whole site (``z.5``: all heads, concatenated) or one head's part (``z.5.h3``).
+
+Where query heads share keys and values, the heads of ``k``, ``v`` and what they read are those that are shared: ``v.5.h1``.
+"""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +31,7 @@ class Place:
     head: int | None = None
 
     def __post_init__(self):
-        if self.head is not None and "head_index" not in self.site.axes:
+        if self.head is not None and not {"head_index", "group"} & set(self.site.axes.split()):
             raise SAEError(f"the site {str(self.site)!r} has no heads, so no head {self.head}. Leave the head out.")
         if self.site.axes.split()[-1] == "key_pos" or self.site.axes.endswith(" 1"):
             raise SAEError(f"an autoencoder reads one vector a position; {str(self.site)!r} holds none. Use 'z.5', say.")
@@ -50,9 +53,9 @@ class Place:
         """How many numbers stand here at each position; ``SAEError`` or ``UnknownSite`` where the model has no such place."""
         resolve(config, [self.site])
         sizes = {"d_model": config.d_model, "d_head": config.d_head, "d_mlp": config.d_mlp, "d_vocab": config.d_vocab}
-        n_heads = config.n_heads if "head_index" in self.site.axes else 1
+        n_heads = _n_heads(self.site, config)
         if self.head is not None and self.head >= n_heads:
-            raise SAEError(f"{str(self)!r} is not in {config.name}, whose layers have heads 0..{n_heads - 1}.")
+            raise SAEError(f"{str(self)!r} is not in {config.name}, whose layers have heads 0..{n_heads - 1} there.")
         return (sizes[self.site.axes.split()[-1]] or 0) * (n_heads if self.head is None else 1)
 
     def part(self, value: Float[Tensor, "batch pos *axes"]) -> Float[Tensor, "batch pos d_in"]:
@@ -80,8 +83,8 @@ def each_layer(config: ModelConfig, site: str = "z", layers: Iterable[int] | Non
 
 
 def each_head(config: ModelConfig, site: str = "z", layers: Iterable[int] | None = None) -> tuple[Place, ...]:
-    """One place for every head of every layer (of ``layers``), layer by layer."""
-    return tuple(Place(at.site, head) for at in each_layer(config, site, layers) for head in range(config.n_heads))
+    """One place for every head of every layer (of ``layers``), layer by layer; at ``k`` and ``v``, of those that are shared."""
+    return tuple(Place(at.site, head) for at in each_layer(config, site, layers) for head in range(_n_heads(at.site, config)))
 
 
 def places_named(config: ModelConfig, names: Iterable["Place | str"]) -> tuple[Place, ...]:
@@ -109,6 +112,11 @@ def places_named(config: ModelConfig, names: Iterable["Place | str"]) -> tuple[P
         shown = ", ".join(f"{place} {width}" for place, width in list(widths.items())[:4])
         raise SAEError(f"places of different widths cannot be trained together ({shown}, ...). Train them one after another.")
     return tuple(found)
+
+
+def _n_heads(site: Site, config: ModelConfig) -> int:
+    """How many heads stand at a site, side by side."""
+    return {"head_index": config.n_heads, "group": config.n_groups}.get(site.axes.split()[2], 1)
 
 
 def _layer(config: ModelConfig, name: str, layer: int) -> int:

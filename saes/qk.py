@@ -2,9 +2,11 @@
 
     score[q,k] = (sum_c c[q] W_Q / scale[q] + b_Q) . (sum_c c[k] W_K / scale[k] + b_K) / sqrt(d_head)
 
-Scores are bilinear in the residual streams at query and key, with the LayerNorm's scales held fixed (the QK circuit of
+Scores are bilinear in the residual streams at query and key, with the normalisations' scales held fixed (the QK circuit of
 Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"); so each pair of components has its own share, and
-where autoencoders take earlier layers apart, each pair of latents.
+where autoencoders take earlier layers apart, each pair of latents. Rotary positions turn each side's parts by the angle of
+its position, and a normalisation of queries and keys is a gain and one more scale: both leave a score bilinear. What is
+done to the score afterwards (a soft cap, ALiBi's distances) is kept apart.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import SAEError
+from mechinterp.models.attention import alibi_slopes, soft_cap
 from mechinterp.models.config import ModelConfig
+from mechinterp.models.rotary import rotate
 from mechinterp.models.transformer import Transformer
 from mechinterp.sites import Site
 from saes.base import SparseAutoencoder
@@ -30,12 +34,22 @@ class ScorePairs:
     """A score before softmax, by what the query and what the key read. The last of each side is the head's own bias.
 
     ``score`` is ``pairs.sum()``. The softmax sees differences between keys alone: a pair that is the same for every key
-    (all those with the keys' bias) does nothing to the pattern. Compare with another key's pairs.
+    (all those with the keys' bias, where positions do not turn it) does nothing to the pattern. Compare with another key's
+    pairs. ``attn_score`` is what the softmax is given: the score, soft-capped where the model does so (``cap``), and what
+    it adds for the ``distance`` (ALiBi).
     """
 
     queries: tuple[Component, ...]
     keys: tuple[Component, ...]
     pairs: Float[Tensor, "query_component key_component"]
+    cap: float | None = None
+    distance: float = 0.0
+
+    @property
+    def attn_score(self) -> float:
+        """The site ``attn_scores``."""
+        score = self.pairs.sum()
+        return float(score if self.cap is None else soft_cap(score, self.cap)) + self.distance
 
     @property
     def score(self) -> float:
@@ -60,7 +74,8 @@ class ScorePairs:
 
 def qk_sites(config: ModelConfig, layer: int) -> list[Site]:
     """What a pass must record for ``qk_attribution`` at ``layer``."""
-    return component_sites(config, layer)
+    sites = component_sites(config, layer)
+    return sites if config.qk_norm == "none" else [*sites, Site("q", layer), Site("k", layer)]
 
 
 def qk_attribution(
@@ -77,20 +92,22 @@ def qk_attribution(
     """The score that head ``head`` of ``layer`` gives position ``key`` from position ``query``, over pairs of components.
 
     ``upstream`` autoencoders take earlier layers' heads apart into latents. The cache is of a pass that recorded
-    ``qk_sites(config, layer)``. All pairs sum to the site ``attn_scores``. Memory: the components at two positions, times
-    d_model. ``SAEError`` for a head or positions that are not there, and for a key that a causal model hides.
+    ``qk_sites(config, layer)``. All pairs sum to the score before a soft cap; ``attn_score`` is the site ``attn_scores``.
+    Memory: the components at two positions, times d_model. ``SAEError`` for a head or positions that are not there, and for
+    a key that the query does not see.
     """
-    _check(model.config, cache, layer, head, query, key, prompt)
-    upstream = tuple(upstream)
+    config, upstream = model.config, tuple(upstream)
+    _check(config, cache, layer, head, query, key, prompt)
+    sides = [_Side(model, layer, head, port) for port in "qk"]
     streams = [stream_of(model, cache, layer, prompt=prompt, positions=[at], upstream=upstream) for at in (query, key)]
     read = [
-        _project(model, layer, head, port, stream, cache["resid_pre", layer][prompt, at])
-        for port, stream, at in zip("qk", streams, (query, key), strict=True)
+        side.turned(side.project(stream, cache, prompt, at), at)
+        for side, stream, at in zip(sides, streams, (query, key), strict=True)
     ]
-    pairs = torch.einsum("qd,kd->qk", *read) * model.config.scale
+    pairs = torch.einsum("qd,kd->qk", *read) * config.scale
     names = [tuple(stream.component(term) for term in range(len(stream.which))) for stream in streams]
-    own = Component("bias")
-    return ScorePairs((*names[0], own), (*names[1], own), pairs)
+    own, distance = Component("bias"), float(alibi_slopes(config.n_heads)[head]) * (key - query) if config.alibi else 0.0
+    return ScorePairs((*names[0], own), (*names[1], own), pairs, config.attention_soft_cap, distance)
 
 
 def latent_pair_scores(
@@ -103,40 +120,82 @@ def latent_pair_scores(
     query_latents: Chosen = None,
     key_latents: Chosen = None,
     places: Sequence[Place | str | None] = (None, None),
+    back: int | None = None,
 ) -> Float[Tensor, "query_latent key_latent"]:
     """What each pair of latents, one at the query and one at the key, adds to a head's score, by the weights alone.
 
-    Per unit of both activations, and times both positions' LayerNorm scales (divide by them for a real prompt; where an
-    autoencoder normalises, multiply by its inputs' scales). ``keys``: None takes the same autoencoder. ``places`` name a
-    group where there are several. ``SAEError`` unless both stand at ``z`` in layers before ``layer``.
+    Per unit of both activations, and times the scales of all normalisations in between, at both positions: the one that
+    the head reads through, that of queries or keys, and the one after the autoencoder's attention (divide by those that the
+    model has for a real prompt; where an autoencoder normalises, multiply by its inputs' scales). ``keys``: None takes the
+    same autoencoder. ``places`` name a group where there are several. ``back``: how many positions before the query the key
+    stands; under rotary positions a score depends on that and must be told, elsewhere it does not. ``SAEError`` unless
+    both stand at ``z`` in layers before ``layer``.
     """
     keys = queries if keys is None else keys
     _check_head(model.config, layer, head)
-    sides = zip("qk", (queries, keys), (query_latents, key_latents), places, strict=True)
-    read = [_directions(model, layer, head, port, *side) for port, *side in sides]
+    if back is None and model.config.rotary_of(layer) is not None:
+        raise SAEError(
+            f"{model.config.name} turns queries and keys by their positions, so a pair of latents has no one score. Say how "
+            "many positions before the query the key stands: back=1."
+        )
+    sides = zip("qk", (queries, keys), (query_latents, key_latents), places, (back or 0, 0), strict=True)
+    read = [_Side(model, layer, head, port).directions(one, latents, at, pos) for port, one, latents, at, pos in sides]
     return torch.einsum("qd,kd->qk", *read) * model.config.scale
 
 
-def _directions(model: Transformer, layer: int, head: int, port: str, autoencoder, latents, place) -> Tensor:
-    directions = written(model, autoencoder, latents, place=place)
-    at = autoencoder.places[0 if place is None else autoencoder.index(place)]
-    if (at.layer or 0) >= layer:
-        raise SAEError(f"head {head} of layer {layer} reads earlier layers; the autoencoder stands at {str(at)!r}.")
-    return directions @ fold(model.weights.blocks[layer].ln1, _W(model, layer, head, port))
+@dataclass(frozen=True)
+class _Side:
+    """One side of a head's scores: the query that it makes of a stream, or the key that it reads with."""
 
+    model: Transformer
+    layer: int
+    head: int
+    port: str
 
-def _W(model: Transformer, layer: int, head: int, port: str) -> Float[Tensor, "d_model d_head"]:
-    return (model.weights.W_Q if port == "q" else model.weights.W_K)(layer)[head]
+    @property
+    def W(self) -> Float[Tensor, "d_model d_head"]:
+        return self.model.weights.port(self.layer, self.head, self.port)[0]
 
+    def directions(self, autoencoder: SparseAutoencoder, latents: Chosen, place, pos: int) -> Float[Tensor, "latent d_head"]:
+        """What latents become at a position, but for all scales."""
+        directions = written(self.model, autoencoder, latents, place=place)
+        at = autoencoder.places[0 if place is None else autoencoder.index(place)]
+        if (at.layer or 0) >= self.layer:
+            raise SAEError(
+                f"head {self.head} of layer {self.layer} reads earlier layers; the autoencoder stands at {str(at)!r}."
+            )
+        read = directions @ fold(self.model.weights.blocks[self.layer].ln1, self.W, self.model.config)
+        return self.turned(read * self.gain, pos)
 
-def _project(
-    model: Transformer, layer: int, head: int, port: str, stream: Stream, resid: Float[Tensor, "d_model"]
-) -> Float[Tensor, "component d_head"]:
-    """What each component becomes in the query or key, and last the bias."""
-    norm, W = model.weights.blocks[layer].ln1, _W(model, layer, head, port)
-    scale = norm_scale(norm, resid.unsqueeze(0), model.config.norm_eps)
-    bias = model.weights.projection_bias(layer)["qk".index(port), head] + folded_bias(norm, W)
-    return torch.cat([stream.vectors @ fold(norm, W) / scale, bias.unsqueeze(0)])
+    def project(self, stream: Stream, cache: ActivationCache, prompt: int, pos: int) -> Float[Tensor, "component d_head"]:
+        """What each component becomes in the query or key of a position before it is turned, and last the bias."""
+        config, norm = self.model.config, self.model.weights.blocks[self.layer].ln1
+        scale = norm_scale(norm, cache["resid_pre", self.layer][prompt, pos].unsqueeze(0), config)
+        bias = self.model.weights.port(self.layer, self.head, self.port)[1] + folded_bias(norm, self.W)
+        read = torch.cat([stream.vectors @ fold(norm, self.W, config) / scale, bias.unsqueeze(0)])
+        if config.qk_norm == "none":
+            return read
+        whole = cache[self.port, self.layer][prompt, pos]
+        normed = whole if config.qk_norm == "all" else whole[self.index]
+        return read * self.gain / (normed.square().mean() + config.norm_eps).sqrt()
+
+    def turned(self, read: Float[Tensor, "component d_head"], pos: int) -> Float[Tensor, "component d_head"]:
+        rotary = self.model.config.rotary_of(self.layer)
+        return read if rotary is None else rotate(read[:, None, None], torch.tensor([[pos]]), rotary)[:, 0, 0]
+
+    @property
+    def index(self) -> int:
+        """Which head of the site ``q`` or ``k``."""
+        return self.head if self.port == "q" else self.model.config.group_of(self.head)
+
+    @property
+    def gain(self) -> Float[Tensor, "d_head"] | float:
+        """That of the normalisation of queries or keys."""
+        block, config = self.model.weights.blocks[self.layer], self.model.config
+        norm = block.q_norm if self.port == "q" else block.k_norm
+        if norm is None or norm.w is None:
+            return 1.0
+        return norm.w if config.qk_norm == "head" else norm.w.unflatten(0, (-1, config.d_head))[self.index]
 
 
 def _check(config: ModelConfig, cache: ActivationCache, layer: int, head: int, query: int, key: int, prompt: int) -> None:
@@ -148,6 +207,11 @@ def _check(config: ModelConfig, cache: ActivationCache, layer: int, head: int, q
         )
     if config.causal and key > query:
         raise SAEError(f"{config.name} is causal: position {query} does not see position {key}. Choose a key at or before it.")
+    if config.causal and (window := config.window_of(layer)) is not None and key <= query - window:
+        raise SAEError(
+            f"layer {layer} of {config.name} sees {window} positions back: position {query} does not see position {key}. "
+            f"Choose a key from {max(0, query - window + 1)} on."
+        )
 
 
 def _check_head(config: ModelConfig, layer: int, head: int) -> None:

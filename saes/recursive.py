@@ -2,9 +2,10 @@
 
     v[s,h] = (r[s] - mean) / scale[s] . W_V[h] + b_V[h],    r[s] = sum of components c[s]
 
-so with the attention pattern and the LayerNorm's scale held fixed, each source position's DFA is a sum over components of
-the residual stream there (Kissane et al. 2024, arXiv:2406.17759, RDFA). ``recursive_dfa`` lists them all; ``trace``
-follows the largest, which are often heads or latents themselves, into *their* values, and so on down.
+(RMSNorm takes off no mean, and heads of a group share ``v``). So with the attention pattern and normalisation scales held
+fixed, each source position's DFA is a sum over components of the residual stream there (Kissane et al. 2024,
+arXiv:2406.17759, RDFA). ``recursive_dfa`` lists them all; ``trace`` follows the largest, which are often heads or latents
+themselves, into *their* values, and so on down.
 """
 
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from saes.components import (
     standing_at,
     stream_of,
 )
-from saes.linear import alone, constant, frozen_decoder, frozen_encoder, heads_of, layer_of, numbers, written
+from saes.linear import alone, constant, frozen_decoder, frozen_encoder, heads_of, layer_of, numbers, write_scale, written
 from saes.places import Place
 
 
@@ -233,14 +234,15 @@ class _Prompt:
     def follow(self, layer: int, heads: tuple[int, ...], weights: Float[Tensor, "head_index d_head"], query: int) -> _Sums:
         """``sum_h z[query,h] . weights[h]``, one layer's heads down."""
         model, chosen = self.model.weights, list(heads)
-        norm = model.blocks[layer].ln1
-        read = torch.einsum("hmd,hd->mh", model.W_V(layer)[chosen], weights)
-        own = torch.einsum("hd,hd->h", model.projection_bias(layer)[2, chosen], weights) + folded_bias(norm, read)
-        n_read = query + 1 if self.model.config.causal else self.cache["pattern", layer].shape[-1]
+        norm, config = model.blocks[layer].ln1, self.model.config
+        W_V, b_V = map(torch.stack, zip(*(model.port(layer, head, "v") for head in heads), strict=True))
+        read = torch.einsum("hmd,hd->mh", W_V, weights)
+        own = torch.einsum("hd,hd->h", b_V, weights) + folded_bias(norm, read)
+        n_read = query + 1 if config.causal else self.cache["pattern", layer].shape[-1]
         pattern = self.cache["pattern", layer][self.prompt, chosen, query, :n_read].mT
         resid = self.cache["resid_pre", layer][self.prompt, :n_read]
-        scale = norm_scale(norm, resid, self.model.config.norm_eps)
-        return _Sums(self.stream.before(layer, n_read - 1), fold(norm, read), pattern / scale.unsqueeze(1), pattern * own)
+        weight = pattern / norm_scale(norm, resid, config).unsqueeze(1)
+        return _Sums(self.stream.before(layer, n_read - 1), fold(norm, read, config), weight, pattern * own)
 
     def largest(self, sums: _Sums, depth: int, width: int) -> tuple[Step, ...]:
         """The largest terms as steps, each with what is below it."""
@@ -258,6 +260,8 @@ class _Prompt:
     def below(self, component: Component, pos: int, reader: Float[Tensor, "d_model"]) -> _Sums | None:
         """What ``reader`` reads of a component at a position, one layer further down; None where the branch ends."""
         layer, head = component.layer, component.head
+        if layer is not None and component.kind in ("head", "latent"):
+            reader = reader / write_scale(self.model, self.cache, layer)[self.prompt, pos]
         if component.kind == "head" and layer is not None and head is not None:
             return self.follow(layer, (head,), (self.model.weights.W_O(layer)[head] @ reader).unsqueeze(0), pos)
         if component.kind == "latent" and layer is not None and component.latent is not None:

@@ -182,8 +182,8 @@ def _left_out(tokens: Tensor, keep: Tensor, tokenizer: Any) -> str:
 
 
 def _effective_heads(autoencoder: SparseAutoencoder, found: Reconstruction, d_head: int | None) -> PerGroup | None:
-    """None unless every group reads the heads of a layer side by side, and we know how wide a head is."""
-    if d_head is None or any(at.head is not None or "head_index" not in at.site.axes for at in autoencoder.places):
+    """None unless every group reads what the heads of a layer gather side by side, and we know how wide a head is."""
+    if d_head is None or any(at.head is not None or at.site.name != "z" for at in autoencoder.places):
         return None
     from saes.heads import head_shares, summarize_heads
 

@@ -135,7 +135,7 @@ def _metadata(autoencoder: SparseAutoencoder, place: Place) -> dict[str, Any]:
     about = dict(autoencoder.about)
     return {
         **about.get("sae_lens", {}),
-        "hook_name": place.site.hook_name,
+        "hook_name": place.site.hook_name or str(place.site),  # z_written is a name of ours alone
         "hook_head_index": place.head,
         "model_name": about.get("model"),
         "sae_lens_version": _LAYOUT,

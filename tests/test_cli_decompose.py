@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mechinterp import RULE_SETS
 from mechinterp import decompose as attribute
 from mechinterp.cli import main
 from mechinterp.cli.decompose import FILES, FOLDER, MEANINGS
-from mechinterp.models.load import load
+from mechinterp.models.load import load, save
 
 TEXT = "Then, Mary and John met at the park. John handed a ring to"
 
@@ -52,6 +54,19 @@ def test_the_file_holds_what_the_library_finds(here):
     assert [[tuple(phrase.values()) for phrase in phrases] for phrases in kept["rounds"]] == [
         [(phrase.start, phrase.stop, phrase.text, phrase.score) for phrase in phrases] for phrases in found.rounds
     ]
+
+
+def test_a_model_of_another_family_is_explained_in_its_own_logits(here, make_model):
+    """Soft-capped logits, normalised writes, shared keys, windows: with the built-in model's words."""
+    tokenizer = load("builtin").tokenizer
+    model = replace(make_model("gemma2", d_vocab=load("builtin").config.d_vocab, n_ctx=32), tokenizer=tokenizer)
+    save(model.to(dtype=torch.float32), here / "made")
+    assert run(TEXT, "--model", here / "made", "--rules", "linear", "--answer", " John", "--foil", " Mary") == 0
+    kept = json.loads((here / FOLDER / "tokens.json").read_text())
+    tokens = [tokenizer.single(token) for token in kept["tokens"]]
+    logits = load(here / "made").run(torch.tensor([tokens]), logits_at="last")[0][0]
+    expected = float(logits[tokenizer.single(" John")] - logits[tokenizer.single(" Mary")])
+    assert kept["difference"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_phrases_are_listed_by_round_if_asked(here, capsys):

@@ -19,6 +19,7 @@ STAND_ON_SAES = {  # of circuits: the methods that read latents, and what is bui
     "circuits.discovery.probes",
     "circuits.latent_graph",
     "circuits.latent_layers",
+    "circuits.latent_replacement",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

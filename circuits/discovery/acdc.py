@@ -90,7 +90,10 @@ def acdc(
 
 
 def readers_in_order(wiring: Wiring) -> Iterator[int]:
-    """From the logits down; of a layer the MLP, then v, k and q of its heads, each from the last head to the first."""
+    """From the logits down; of a layer the MLP, then v, k and q of its heads, each from the last to the first.
+
+    A key or value that heads share is one reader: it is tried once, for all of them.
+    """
     yield from range(len(wiring.readers) - 1, -1, -1)  # which is the wiring's own order, backwards
 
 

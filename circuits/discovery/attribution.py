@@ -15,6 +15,7 @@ q, k and v of every head, as if all edges into the port were cut.
   magnitude a position; our parts are replaced at all positions at once, so we sum over positions first.
 """
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -29,10 +30,13 @@ from circuits.discovery.walk import Walk, WalkSettings
 from circuits.items import Items
 from circuits.scores import Scores
 from circuits.wiring import Wiring
-from circuits.writes import Writes
+from circuits.writes import Writes, heads_sum
 from mechinterp.errors import CircuitError
+from mechinterp.models.attention import Heads
+from mechinterp.models.config import ModelConfig
 from mechinterp.models.normalization import pull_back
 from mechinterp.models.transformer import Transformer
+from mechinterp.nodes import PORTS
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 from mechinterp.tasks.base import Task
@@ -66,8 +70,8 @@ def attribution(
     way = Walk(model, task, name, ablation, settings=settings, items=items, splits_positions=not grad_drop, **walk)
     wiring = Wiring.of(model.config)
     parts = [reader for reader in wiring.readers if reader.port] if ports else wiring.writers
-    sites = ("q", "k", "v", "z") if ports else (*written(model), *("q", "k") * qk_fix)
-    record = ("resid_pre", "q", "k", "v", *("attn_scores",) * qk_fix) if ports or qk_fix else ()
+    sites = dict.fromkeys((*(PORTS if ports else written(model)), *("q", "k", "z") * qk_fix))
+    record = ("resid_pre", *PORTS) if ports or qk_fix else ()
 
     def score_some(prompts: PromptBatch, replaced: Writes) -> Float[Tensor, "prompt *span item"]:
         run = Backward.of(model, prompts, task.metric, replaced.input, sites, steps=steps, grad_drop=grad_drop, record=record)
@@ -107,7 +111,7 @@ def _of_writers(run: Backward, delta: Writes, qk_fix: bool) -> Float[Tensor, "ru
     gradients = _beside_patterns(run) if qk_fix else run.gradients
     falls = [-(delta.input * gradients[INPUT]).sum(-1, keepdim=True)]
     for layer, z in enumerate(delta.z):
-        falls.append(-(z * gradients[Site("z", layer)]).sum(-1))
+        falls.append(-(z * gradients[Site(run.model.config.write_site, layer)]).sum(-1))
         if delta.mlp_out:
             falls.append(-(delta.mlp_out[layer] * gradients[Site("mlp_out", layer)]).sum(-1, keepdim=True))
     linear = torch.cat(falls, -1)
@@ -119,33 +123,48 @@ def _of_ports(run: Backward, delta: Writes, qk_fix: bool) -> Float[Tensor, "run 
     """A port is cut by cutting every edge into it: it reads the stream that all writers before it have replaced."""
     falls, change, weights = [], delta.input, run.model.weights
     for layer in range(run.model.config.n_layers):
-        clean = [run.cache[port, layer] for port in "qkv"]
+        clean = [run.cache[port, layer] for port in PORTS]
         changed = run.model.project(layer, run.cache["resid_pre", layer] + change)
         of = [
             -((new - old) * run.gradients[Site(port, layer)]).sum(-1)
-            for port, old, new in zip("qkv", clean, changed, strict=True)
+            for port, old, new in zip(PORTS, clean, changed, strict=True)
         ]
         if qk_fix:
             rows = _rows(run, layer)
-            of[:2] = [-rows.of_queries(changed[0][None])[:, 0], -rows.of_keys(changed[1][None])[:, 0]]
+            of[0] = -_each_alone(rows.of_queries, clean[0], changed[0], run.model.config)
+            of[1] = -_each_alone(rows.of_keys, clean[1], changed[1], run.model.config)
         falls += of
-        change = change + delta.z[layer].flatten(2) @ weights.blocks[layer].W_O
+        change = change + heads_sum(weights, layer, delta.z[layer])
         change = change + delta.mlp_out[layer] if delta.mlp_out else change
     return torch.cat(falls, -1)
 
 
+def _each_alone(
+    effect: Callable[[Tensor], Tensor],
+    clean: Float[Tensor, "batch pos port d_head"],
+    changed: Float[Tensor, "batch pos port d_head"],
+    config: ModelConfig,
+) -> Float[Tensor, "run batch pos port"]:
+    """The ``effect``, by whichever heads, of changing one query or key of a layer and no other."""
+    n = clean.shape[-2]
+    if config.qk_norm != "all":
+        return effect(changed[None])[:, 0].unflatten(-1, (n, -1)).sum(-1)
+    is_own = torch.eye(n, dtype=torch.bool, device=clean.device)[:, None, None, :, None]
+    return effect(torch.where(is_own, changed, clean)).sum(-1).movedim(1, -1)  # one norm for all: the others move with it
+
+
 def _beside_patterns(run: Backward) -> Gradients:
     """The gradients at all writers without their direct way through queries and keys, layer after layer from the last."""
-    gradients, weights = dict(run.gradients), run.model.weights
+    gradients, weights, config = dict(run.gradients), run.model.weights, run.model.config
     direct = torch.zeros_like(gradients[INPUT])
-    for layer in reversed(range(run.model.config.n_layers)):
-        gradients[Site("z", layer)] = gradients[Site("z", layer)] - torch.einsum("rbpm,hdm->rbphd", direct, weights.W_O(layer))
-        if run.model.config.has_mlp:
+    for layer in reversed(range(config.n_layers)):
+        writes = Site(config.write_site, layer)
+        gradients[writes] = gradients[writes] - torch.einsum("rbpm,hdm->rbphd", direct, weights.W_O(layer))
+        if config.has_mlp:
             gradients[Site("mlp_out", layer)] = gradients[Site("mlp_out", layer)] - direct
-        at_ports = torch.stack([gradients[Site(port, layer)] for port in "qk"])
-        at_stream = torch.einsum("irbphd,ihmd->rbpm", at_ports, weights.projection(layer)[:2])
-        stream, norm = run.cache["resid_pre", layer], weights.blocks[layer].ln1
-        direct = direct + pull_back(stream, at_stream, norm, run.model.config.norm_eps)
+        at_ports = torch.cat([gradients[Site(port, layer)] for port in "qk"], dim=-2)
+        at_stream = torch.einsum("rbphd,hmd->rbpm", at_ports, weights.ports(layer)[: -config.n_groups])
+        direct = direct + pull_back(run.cache["resid_pre", layer], at_stream, weights.blocks[layer].ln1, config)
     gradients[INPUT] = gradients[INPUT] - direct
     return gradients
 
@@ -156,7 +175,7 @@ def _through_patterns(run: Backward, delta: Writes) -> Float[Tensor, "run batch 
     wrote = delta.first(len(wiring.writers))
     falls = wrote.new_zeros((len(run.gradients[INPUT]), *wrote.shape[:3]))
     for layer in range(wiring.n_layers):
-        rows, before = _rows(run, layer), 1 + layer * (wiring.n_heads + wiring.has_mlp)
+        rows, before = _rows(run, layer), wiring.head_slice(layer).start
         for some in torch.arange(before).split(max(1, _TOKENS_AT_ONCE // delta.input[..., 0].numel())):
             streams = run.cache["resid_pre", layer] + wrote[some]
             q, k, _ = (x.unflatten(0, streams.shape[:2]) for x in run.model.project(layer, streams.flatten(0, 1)))
@@ -165,8 +184,9 @@ def _through_patterns(run: Backward, delta: Writes) -> Float[Tensor, "run batch 
 
 
 def _rows(run: Backward, layer: int) -> Rows:
-    q, k, v, scores = (run.cache[name, layer] for name in ("q", "k", "v", "attn_scores"))
-    return Rows.of(q, k, v, scores, run.model.config.scale, run.gradients[Site("z", layer)])
+    q, k, v = (run.cache[port, layer] for port in PORTS)
+    heads = Heads.of(run.model.weights, layer, torch.arange(q.shape[1], device=q.device)[None])
+    return Rows.of(q, k, v, heads, run.gradients[Site("z", layer)])
 
 
 def _check(model: Transformer, qk_fix: bool, grad_drop: bool, steps: int | None) -> None:

@@ -80,7 +80,7 @@ class Backward:
 
 def written(model: Transformer) -> tuple[str, ...]:
     """The sites where the parts of a layer write."""
-    return ("z", "mlp_out") if model.config.has_mlp else ("z",)
+    return (model.config.write_site, *["mlp_out"] * model.config.has_mlp)
 
 
 def in_parts(prompts: PromptBatch, replaced: Writes, runs: int, bar: tqdm) -> Iterator[tuple[PromptBatch, Writes]]:

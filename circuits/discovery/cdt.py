@@ -122,7 +122,7 @@ class Decomposed:
     def reference(self) -> Reference:
         """What the ablation writes, by the site at which a source is set."""
         by_site = {INPUT: self.replaced.input}
-        by_site |= {Site("z", layer): z for layer, z in enumerate(self.replaced.z)}
+        by_site |= {Site(self.model.config.write_site, layer): z for layer, z in enumerate(self.replaced.z)}
         return by_site | {Site("mlp_out", layer): out for layer, out in enumerate(self.replaced.mlp_out)}
 
     def reach(self, sources: list[Source], targets: list[Site]) -> Iterator[tuple[list[int], int, Mapping[Site, Split]]]:

@@ -41,7 +41,7 @@ class Part:
 @dataclass(frozen=True)
 class RelevanceTable:
     """``output``: what each part is to the output, in units of the metric. Of ``[source, target]``, with ``z`` what the
-    target did and ``μ`` what the ablation puts there:
+    target did (``z_written`` where a model normalises what heads write) and ``μ`` what the ablation puts there:
 
     * ``relevant`` and ``irrelevant``: the sums of ``|β|`` and ``|γ|``;
     * ``projection``: ``β·(z - μ) / |z - μ|²``, the share of the target's deviation that is due to the source, with its sign.
@@ -88,6 +88,7 @@ def relevance_table(
     heads = [Node.head(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)]
     parts = tuple(Part(head, position) for head in heads for position in (positions or [None]))
     replacement, n = replacement_for(model, task, ablation), len(parts)
+    sites = [Site(config.write_site, layer) for layer in range(config.n_layers)]
     output, sums, deviation = np.zeros(n), np.zeros((3, n, n)), np.zeros(n)
     with tqdm(total=n * len(task), desc="cdt", unit="part", disable=not progress) as bar:
         for rows in in_rows(model, task.prompts):
@@ -95,10 +96,10 @@ def relevance_table(
             run = Decomposed(model, prompts, task, chosen, replacement.writes[rows], keeps_prefix=replacement.keeps_prefix)
             deviation += _deviations(run, positions)
             sources = [Source((part.head,), part.at(prompts)) for part in parts]
-            for some, begins, found in run.reach(sources, [*(Site("z", layer) for layer in range(config.n_layers)), LOGITS]):
+            for some, begins, found in run.reach(sources, [*sites, LOGITS]):
                 output[some] += run.falls(found[LOGITS]).sum(1).cpu().double().numpy()
-                for layer in range(config.n_layers):
-                    split, width = found[Site("z", layer)], n // config.n_layers
+                for layer, site in enumerate(sites):
+                    split, width = found[site], n // config.n_layers
                     target = slice(layer * width, (layer + 1) * width)
                     sums[:, some, target] += _sums(run, layer, split.relevant, split.irrelevant, begins, positions)
                 bar.update(len(some) * len(prompts))
@@ -129,18 +130,23 @@ def check_positions(task: Task, positions: Sequence[str] | None) -> None:
 
 def _deviations(run: Decomposed, positions: Sequence[str] | None) -> Float[np.ndarray, "part"]:
     """``|z - μ|²`` of every part, summed."""
-    z = [run.totals("z", layer) - run.replaced.z[layer] for layer in range(run.model.config.n_layers)]
+    z = [_z(run, layer) - run.replaced.z[layer] for layer in range(run.model.config.n_layers)]
     return np.concatenate([_of_parts(of.square().sum(-1)[None], run.prompts, 0, positions)[0] for of in z])
 
 
 def _sums(
     run: Decomposed, layer: int, relevant: Tensor, irrelevant: Tensor, begins: int, positions: Sequence[str] | None
 ) -> Float[np.ndarray, "kind source part"]:
-    z = run.totals("z", layer)
+    z = _z(run, layer)
     along = relevant * (z - run.replaced.z[layer])[:, begins:]
     found = [_of_parts(of.sum(-1), run.prompts, begins, positions) for of in (relevant.abs(), irrelevant.abs(), along)]
     found[1] += _of_parts(z[:, :begins].abs().sum(-1)[None], run.prompts, 0, positions)  # in front, all of it is irrelevant
     return np.stack(found)
+
+
+def _z(run: Decomposed, layer: int) -> Float[Tensor, "batch pos head_index d_head"]:
+    """What the heads of a layer did, where the ablation replaces it."""
+    return run.totals(run.model.config.write_site, layer)
 
 
 def _of_parts(

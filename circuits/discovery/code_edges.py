@@ -8,7 +8,8 @@ Here a pair is an edge of the wiring, writer before reader, and its score is wha
 * ``"conditional"``: I(c1; c2 | y), less chance: what two parts share that the label does not explain.
 
 **Such an edge is a co-occurrence and not a path.** Two parts that read the same word share it without either reading the
-other, and codes cannot tell q, k and v apart: a pair's score stands on each port of the reader. The ends are coded too, so
+other, and codes cannot tell q, k and v apart: a pair's score stands on each port of the reader (on a key or value that heads
+share, that of the strongest of them). The ends are coded too, so
 that every edge has a number: the input's code is the label, which the prompt determines; that of the logits is the metric,
 cut at its median. An edge from the input then has the interaction -I(y; c2), and the conditional 0: given the label, the
 label says nothing (were the code the prompt itself, chance would be as high, and the difference 0 again).
@@ -97,9 +98,7 @@ def codes_edges(
 
 def readable(wiring: Wiring) -> Int[np.ndarray, "node"]:
     """How many writers each node may read from: the writers, in their order, then the logits."""
-    n_before = np.zeros(len(wiring.writers) + 1, int)
-    np.maximum.at(n_before, wiring.edge_owner, wiring.edge_writer + 1)
-    return n_before
+    return (wiring.reads * wiring.writers_before).max(1)
 
 
 def of_parts(wiring: Wiring) -> Bool[np.ndarray, "pair"]:
@@ -129,10 +128,12 @@ def metric_codes(examples: Examples, batch_size: int = 32) -> Bool[np.ndarray, "
 
 
 def on_edges(values: Float[np.ndarray, "pair"], wiring: Wiring) -> Float[np.ndarray, "edge"]:
-    """Each pair's score on all edges between the two: on q, k and v of a head."""
+    """Each pair's score on all edges between the two: on q, k and v of a head, the strongest pair's where heads share one."""
     grid = np.zeros((len(wiring.writers), len(wiring.writers) + 1))
     grid[pairs_of(readable(wiring))] = values
-    return grid[wiring.edge_writer, wiring.edge_owner]
+    owners = [grid[:, reads] for reads in wiring.reads.T]
+    strongest = [np.take_along_axis(own, np.abs(own).argmax(1, keepdims=True), 1)[:, 0] for own in owners]
+    return wiring.vector(np.stack(strongest, 1))
 
 
 def _standing_out(found: JudgedPairs, wiring: Wiring) -> dict[str, Any]:

@@ -162,11 +162,12 @@ def _written(
 ) -> tuple[Float[Tensor, "place batch part d_model"], Float[Tensor, "place batch d_model"]]:
     """What heads and MLPs write there, in the wiring's order, and the residual stream behind the last layer."""
     last, rows = Site("resid_post", model.config.n_layers - 1), torch.arange(len(tokens), device=tokens.device)
-    sites = [last, "z", *(["mlp_out"] if model.config.has_mlp else [])]
+    writes = model.config.write_site
+    sites = [last, writes, *(["mlp_out"] if model.config.has_mlp else [])]
     _, cache = model.run(tokens, record=sites, patch=patch, logits_at="last", logits_of=tokens[:, :0])
     parts = []
     for layer in range(model.config.n_layers):
-        z = cache["z", layer][rows, at]
+        z = cache[writes, layer][rows, at]
         parts.append(torch.einsum("pbhd,hdm->pbhm", z, model.weights.W_O(layer)))
         parts += [cache["mlp_out", layer][rows, at][:, :, None]] if model.config.has_mlp else []
     return torch.cat(parts, 2), cache[last][rows, at]
@@ -191,7 +192,7 @@ def _informative(task: Task, names: Sequence[str] | None) -> Bool[Tensor, "promp
 def _blanking(model: Transformer, task: Task, mask: Bool[Tensor, "prompt pos"], blank: str | int) -> Blanking:
     """From prompts, and where they are blanked, to the tokens and the patch of the second pass."""
     if blank == "mean":
-        mean = model.weights.W_E[task.prompts.clean[mask].to(model.device)].mean(0)
+        mean = model.weights.W_E[task.prompts.clean[mask].to(model.device)].mean(0) * (model.config.embed_scale or 1.0)
         return lambda prompts, here: (
             prompts.clean,
             {Site("embed"): lambda embed, _: torch.where(here[..., None], mean, embed)},

@@ -27,7 +27,7 @@ from circuits.discovery.gradients import DERIVATIVE, BackwardRules, ReaderGradie
 from circuits.discovery.walk import Walk, WalkSettings
 from circuits.scores import Scores
 from circuits.wiring import Wiring
-from circuits.writes import Writes, sites
+from circuits.writes import Writes, heads_sum, sites
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import CircuitError, nearest
 from mechinterp.metrics import Metric
@@ -148,13 +148,13 @@ class _Module:
 
 
 def _modules(delta: Writes, cache: ActivationCache, *, only_input: bool) -> Iterator[_Module]:
-    yield _Module(Site("resid_pre", 0), cache["embed"] + cache["pos_embed"], delta.input, slice(0, 1))
+    yield _Module(Site("resid_pre", 0), cache.embedded, delta.input, slice(0, 1))
     if only_input:
         return
     heads, first = delta.weights.config.n_heads, 1
     for layer, z in enumerate(delta.z):
         site = Site("resid_mid" if Site("resid_mid", layer) in cache else "resid_post", layer)
-        yield _Module(site, cache[site], z.flatten(2) @ delta.weights.blocks[layer].W_O, slice(first, first + heads))
+        yield _Module(site, cache[site], heads_sum(delta.weights, layer, z), slice(first, first + heads))
         first += heads
         if delta.mlp_out:
             site = Site("resid_post", layer)

@@ -8,7 +8,8 @@ Layer by layer:
 
 1. *heads*: each source's changed stream goes through the layer's q, k, v projections once. Heads do not see each other
    before they write, so one pass of attention gives the changed ``z`` of every head for that source and port; each
-   head's change then enters the residual stream as a variant of its own.
+   head's change then enters the residual stream as a variant of its own, and with it those of the heads that share its key.
+   In models where heads share a normalisation every edge has an attention pass of its own: all heads of the layer change.
 2. *MLP*: the changed stream goes through the MLP, the change of its output enters as a variant.
 3. *logits*: the changed final stream is unembedded; no layer runs.
 """
@@ -79,17 +80,17 @@ def _edges(run: CleanRun, wiring: Wiring, wanted: Bool[Tensor, "writer reader"],
     """One batch: the fall of the metric for each wanted edge and prompt."""
     grid = run.clean_metric.new_zeros((len(wiring.writers), len(wiring.readers), len(run.prompts)))
     deltas = run.delta.first(len(wiring.writers))
-    heads, per_layer = wiring.n_heads, 3 * wiring.n_heads + wiring.has_mlp
+    heads_falls = _joint_falls if run.model.config.has_joint_heads else _separate_falls
     for layer in range(wiring.n_layers):
-        ports = slice(layer * per_layer, layer * per_layer + 3 * heads)
+        ports = wiring.port_slice(layer)
         if wanted[:, ports].any():
             entrance = HeadsOf(run, layer)
-            for some in _sources(run, wanted[:, ports], 3):
-                grid[some, ports] = _head_falls(entrance, deltas[some], wanted[some, ports])
+            for some in _sources(run, wanted[:, ports]):
+                grid[some, ports] = heads_falls(entrance, deltas[some], wanted[some, ports])
                 bar.update(int(wanted[some, ports].sum()) * len(run.prompts))
         if wiring.has_mlp:
-            reader = ports.stop
-            for some in _sources(run, wanted[:, [reader]], 1):
+            reader = wiring.mlp_reader(layer)
+            for some in _sources(run, wanted[:, [reader]]):
                 grid[some, reader] = _mlp_falls(run, layer, deltas[some])
                 bar.update(len(some) * len(run.prompts))
     last = wanted[:, -1].nonzero().flatten()
@@ -99,30 +100,58 @@ def _edges(run: CleanRun, wiring: Wiring, wanted: Bool[Tensor, "writer reader"],
     return grid[wiring.edge_writer, wiring.edge_reader].T
 
 
-def _head_falls(
-    heads: HeadsOf, deltas: Float[Tensor, "source batch pos d_model"], wanted: Bool[Tensor, "source ports"]
-) -> Float[Tensor, "source ports batch"]:
-    """Each source cut from each port of each head of the layer, q of all heads first; 0 where it is not ``wanted``."""
+def _separate_falls(
+    heads: HeadsOf, deltas: Float[Tensor, "source batch pos d_model"], wanted: Bool[Tensor, "source port"]
+) -> Float[Tensor, "source port batch"]:
+    """Each source cut from each port of the layer, q of all heads first; 0 where it is not ``wanted``."""
     run, layer, model, sources = heads.run, heads.layer, heads.run.model, len(deltas)
-    by_port = wanted.unflatten(1, (3, -1))  # [source port head]
-    ports = by_port.any(2).any(0).nonzero().flatten()
     clean = [run[port, layer].repeat(sources, 1, 1, 1) for port in "qkv"]
     changed = model.project(layer, (run["resid_pre", layer] + deltas).flatten(0, 1))
-    z = run["z", layer].repeat(sources, 1, 1, 1)
-    changes = []
-    for port in ports.tolist():
-        mixed = model.mix(layer, *(changed[i] if i == port else clean[i] for i in range(3)), prefix=run.prefix)
-        change = mixed - z
-        changes.append(at_end(run, change) if layer == model.config.n_layers - 1 else change)
-    change = torch.cat(changes).unflatten(0, (len(ports) * sources, -1))
-    falls = run.clean_metric.new_zeros((sources, 3, model.config.n_heads, len(run.prompts)))
-    asked = by_port[:, ports].permute(2, 1, 0)  # [head port source]
-    if asked.all():
-        falls[:, ports] = heads.falls(change).unflatten(1, (len(ports), sources)).permute(2, 1, 0, 3)
-    else:
-        head, port, source = asked.nonzero().unbind(1)
-        falls[source, ports[port], head] = heads.falls_of(change, asked.flatten(1))
-    return falls.flatten(1, 2)
+    z, first = run["z", layer].repeat(sources, 1, 1, 1), 0
+    falls = run.clean_metric.new_zeros((*wanted.shape, len(run.prompts)))
+    for i, port in enumerate(changed):
+        readers = slice(first, first := first + port.shape[2])
+        asked = wanted[:, readers].T
+        if not asked.any():
+            continue
+        mixed = model.mix(layer, *(changed[j] if j == i else clean[j] for j in range(3)), prefix=run.prefix)
+        change = _as_units(run, layer, mixed - z, len(asked))
+        if asked.all():
+            falls[:, readers] = heads.falls(change).transpose(0, 1)
+        else:
+            unit, source = asked.nonzero().unbind(1)
+            falls[source, readers.start + unit] = heads.falls_of(change, asked)
+    return falls
+
+
+def _joint_falls(
+    heads: HeadsOf, deltas: Float[Tensor, "source batch pos d_model"], wanted: Bool[Tensor, "source port"]
+) -> Float[Tensor, "source port batch"]:
+    """The same where the heads of a layer share a normalisation: whatever one port reads, all of them write something else."""
+    run, layer, model = heads.run, heads.layer, heads.run.model
+    made = model.project(layer, (run["resid_pre", layer] + deltas).flatten(0, 1))
+    changed = [port.unflatten(0, (len(deltas), -1)) for port in made]
+    falls = run.clean_metric.new_zeros((*wanted.shape, len(run.prompts)))
+    for some in wanted.nonzero().split(max(1, TOKENS_AT_ONCE // run.n_tokens)):
+        (source, reader), inputs, first = some.unbind(1), [], 0
+        for port, new in zip("qkv", changed, strict=True):
+            value = run[port, layer].expand(len(some), -1, -1, -1, -1).clone()
+            here = (first <= reader) & (reader < first + value.shape[3])
+            value[here, :, :, reader[here] - first] = new[source[here], :, :, reader[here] - first]
+            inputs.append(value.flatten(0, 1))
+            first += value.shape[3]
+        written = model.written(layer, model.mix(layer, *inputs, prefix=run.prefix))
+        change = written - run[model.config.write_site, layer].repeat(len(some), 1, 1, 1)
+        falls[source, reader] = heads.falls(_as_units(run, layer, change, 1))[0]
+    return falls
+
+
+def _as_units(
+    run: CleanRun, layer: int, change: Float[Tensor, "row pos head_index d_head"], n: int
+) -> Float[Tensor, "variant batch at unit d_unit"]:
+    """``n`` units of neighbouring heads, which change together; in the last layer at END alone."""
+    change = at_end(run, change) if layer == run.model.config.n_layers - 1 else change
+    return change.unflatten(2, (n, -1)).flatten(3).unflatten(0, (-1, len(run.prompts)))
 
 
 def _mlp_falls(run: CleanRun, layer: int, deltas: Float[Tensor, "source batch pos d_model"]) -> Float[Tensor, "source batch"]:
@@ -140,9 +169,8 @@ def _ends_of(run: CleanRun, deltas: Float[Tensor, "source batch pos d_model"]) -
     return at_end(run, deltas.flatten(0, 1)).unflatten(0, deltas.shape[:2])
 
 
-def _sources(run: CleanRun, wanted: Bool[Tensor, "writer some_reader"], variants_a_source: int) -> Iterator[Tensor]:
+def _sources(run: CleanRun, wanted: Bool[Tensor, "writer some_reader"]) -> Iterator[Tensor]:
     """The writers of any wanted edge, as many at a time as a stacked pass should hold."""
     sources = wanted.any(1).nonzero().flatten()
-    tokens = len(run.prompts) * (run.prompts.clean.shape[1] - run.first)
     if len(sources):
-        yield from sources.split(max(1, TOKENS_AT_ONCE // (tokens * variants_a_source)))
+        yield from sources.split(max(1, TOKENS_AT_ONCE // run.n_tokens))

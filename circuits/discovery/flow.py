@@ -77,15 +77,13 @@ def _shares(model: Transformer, prompts: PromptBatch) -> Float[Tensor, "batch sp
 
 def _streams(config: ModelConfig) -> dict[Site, slice]:
     """The places where the residual stream is read, in order, and the readers that take it there."""
-    wiring, streams, first = Wiring.of(config), {}, 0
+    wiring, streams = Wiring.of(config), {}
     for layer in range(config.n_layers):
-        together = 3 * config.n_heads + (config.has_mlp and config.parallel)
-        streams[Site("resid_pre", layer)] = slice(first, first + together)
-        first += together
+        ports, shares_stream = wiring.port_slice(layer), config.has_mlp and config.parallel
+        streams[Site("resid_pre", layer)] = slice(ports.start, ports.stop + shares_stream)
         if config.has_mlp and not config.parallel:
-            streams[Site("resid_mid", layer)] = slice(first, first + 1)
-            first += 1
-    return streams | {Site("resid_post", config.n_layers - 1): slice(first, len(wiring.readers))}
+            streams[Site("resid_mid", layer)] = slice(ports.stop, ports.stop + 1)
+    return streams | {Site("resid_post", config.n_layers - 1): slice(len(wiring.readers) - 1, len(wiring.readers))}
 
 
 def _nearness(

@@ -1,7 +1,7 @@
 """The gradient of the metric at every reader, from one plain forward and one backward pass.
 
 No reader's input is split off and no head's output is ever part of the graph: autograd stops at q, k and v as they leave
-the projection, and the way back through each head's columns of W_Q, W_K, W_V and through the LayerNorm is a product and
+the projection, and the way back through each port's columns of W_Q, W_K, W_V and through the normalisation is a product and
 a closed form (``normalization.pull_back``). That is what makes edge attribution cost two to three forwards instead of
 twenty, in a tenth of the memory.
 
@@ -9,8 +9,8 @@ twenty, in a tenth of the memory.
 as it is, and let another gradient through.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -24,21 +24,24 @@ from mechinterp.metrics import Metric
 from mechinterp.models.normalization import pull_back
 from mechinterp.models.trace import Patch
 from mechinterp.models.transformer import ResidualStart, Transformer
+from mechinterp.nodes import PORTS
 from mechinterp.prompts import PromptBatch
 from mechinterp.sites import Site
 
 
 @dataclass(frozen=True)
 class BackwardRules:
-    """``patches`` that keep values and change gradients, the sites that they look up, and LayerNorm.
+    """``patches`` that keep values and change gradients, the sites that they look up, and what no patch can reach.
 
-    ``hold_scale``: whether LayerNorm's scale counts as a constant. The patches say so inside the pass; this says it to the
-    closed form, which takes the readers' gradients through the last LayerNorm on their way.
+    ``hold_scale``: whether a normalisation's scale counts as a constant. The patches say so inside the pass; this says it to
+    the closed form, which takes the readers' gradients through the last normalisation on their way. ``soft_cap``: what
+    stands for ``soft_cap`` of the logits in models that have one; None is the function itself.
     """
 
     patches: Mapping[Site | str, Patch] = field(default_factory=dict)
     record: tuple[Site, ...] = ()
     hold_scale: bool = False
+    soft_cap: Callable[[Tensor, float], Tensor] | None = None
 
 
 DERIVATIVE = BackwardRules()
@@ -56,27 +59,25 @@ class ReaderGradients:
 
     def readers(self) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
         """Gradients at the residual stream that each reader takes, a layer's ports at a time, with their columns."""
-        config, wiring = self.model.config, Wiring.of(self.model.config)
-        per_layer = 3 * config.n_heads + config.has_mlp
-        for layer in range(config.n_layers):
-            first = layer * per_layer
+        wiring = Wiring.of(self.model.config)
+        for layer in range(wiring.n_layers):
             if Site("q", layer) in self.by_site:
-                yield slice(first, first + 3 * config.n_heads), self._mean(self._ports(layer))
+                yield wiring.port_slice(layer), self._mean(self._ports(layer))
             if Site("mlp_in", layer) in self.by_site:
-                yield slice(first + per_layer - 1, first + per_layer), self._mean(self.by_site[Site("mlp_in", layer)][None])
-        last = Site("resid_post", config.n_layers - 1)
+                mlp = wiring.mlp_reader(layer)
+                yield slice(mlp, mlp + 1), self._mean(self.by_site[Site("mlp_in", layer)][None])
+        last = Site("resid_post", wiring.n_layers - 1)
         yield slice(len(wiring.readers) - 1, len(wiring.readers)), self._mean(self.by_site[last][None])
 
     def _ports(self, layer: int) -> Float[Tensor, "reader row pos d_model"]:
-        """W_Q[h] dq_h and so on for all ports and heads as one batched product, then back through LayerNorm."""
+        """W_Q[h] dq_h and so on for all ports as one batched product, then back through the layer's normalisation."""
         weights = self.model.weights
-        d_ports = torch.stack([self.by_site[Site(port, layer)] for port in "qkv"])
-        per_reader = d_ports.permute(0, 3, 1, 2, 4).flatten(0, 1)
-        W = weights.projection(layer).flatten(0, 1)
-        gradient = torch.bmm(per_reader.flatten(1, 2), W.transpose(1, 2)).unflatten(1, per_reader.shape[1:3])
+        d_ports = torch.cat([self.by_site[Site(port, layer)] for port in PORTS], dim=2).movedim(2, 0)
+        W = weights.ports(layer).transpose(1, 2)
+        gradient = torch.bmm(d_ports.flatten(1, 2), W).unflatten(1, d_ports.shape[1:3])
         stream = self.cache["resid_pre", layer].detach()
-        norm, eps = weights.blocks[layer].ln1, self.model.config.norm_eps
-        return pull_back(stream, gradient, norm, eps, hold_scale=self.rules.hold_scale)
+        norm = weights.blocks[layer].ln1
+        return pull_back(stream, gradient, norm, self.model.config, hold_scale=self.rules.hold_scale)
 
     def _mean(self, gradient: Float[Tensor, "reader row pos d_model"]) -> Float[Tensor, "reader batch pos d_model"]:
         variants = self.metric.shape[0]
@@ -103,7 +104,8 @@ def reader_gradients(
     streams = [Site("resid_pre", site.layer) for site in targets if site.name == "q"]
     leaf = ResidualStart(start.site, start.value.detach().requires_grad_())
     wanted = [*targets, *streams, *record, *rules.record]
-    values, cache = measure(model, prompts, metric, start=leaf, variants=variants, record=wanted, patch=rules.patches)
+    runs, measured = (model, metric) if rules.soft_cap is None else _capped_in_metric(model, metric, rules.soft_cap)
+    values, cache = measure(runs, prompts, measured, start=leaf, variants=variants, record=wanted, patch=rules.patches)
     if not values.requires_grad:
         raise TaskError(
             "the metric has no gradient (it counts right answers, say), so edges cannot be attributed by gradients. Use a "
@@ -111,6 +113,17 @@ def reader_gradients(
         )
     found = torch.autograd.grad(values.sum(), [cache[site] for site in targets], materialize_grads=bool(rules.patches))
     return ReaderGradients(model, cache, dict(zip(targets, found, strict=True)), values.detach(), rules)
+
+
+def _capped_in_metric(
+    model: Transformer, metric: Metric, soft_cap: Callable[[Tensor, float], Tensor]
+) -> tuple[Transformer, Metric]:
+    """The same metric of the same model; only that it is the metric that caps the logits, if anything does."""
+    cap = model.config.logit_soft_cap
+    if cap is None:
+        return model, metric
+    uncapped = replace(model.weights, config=replace(model.config, logit_soft_cap=None))
+    return replace(model, weights=uncapped), lambda logits, prompts: metric(soft_cap(logits, cap), prompts)
 
 
 def _targets(model: Transformer, entrance: Site) -> list[Site]:

@@ -53,7 +53,8 @@ class HeadsAlone:
         self, prompts: PromptBatch, masks: Bool[Tensor, "circuit batch pos layer head_index"], replaced: Writes
     ) -> Float[Tensor, "circuit batch"]:
         flat, n = masks.flatten(0, 1).unsqueeze(-1), len(masks)
-        patch: dict[Site | str, Patch] = {Site("z", i): _keep(flat[:, :, i], z) for i, z in enumerate(replaced.z)}
+        site = self.model.config.write_site
+        patch: dict[Site | str, Patch] = {Site(site, i): _keep(flat[:, :, i], z) for i, z in enumerate(replaced.z)}
         tokens = prompts.clean.repeat(n, 1)
         return measure(self.model, prompts, self.task.metric, tokens=tokens, variants=n, patch=patch)[0]
 

@@ -10,7 +10,9 @@ one backward pass through the model as it is gives ``dm/dz`` of all layers. That
 the gradient passes through autoencoders as through an identity. ``through="latents"`` makes errors leaves instead: the
 gradient passes a later autoencoder by way of its latents alone, and what reaches the metric by its error is not counted.
 
-Latents and error of a layer add up to the attribution of its heads. (Not under zero ablation, where ``b_dec`` stays.)
+Latents and error of a layer add up to the attribution of its heads. (Not under zero ablation, where ``b_dec`` stays; and
+where a model normalises what heads write, to the attribution of what they gather: heads are scored there by their share of
+what is written, with the scale of the run that it is from, and a latent moves the scale.)
 ``exact_latents`` patches chosen ones, to check the ranking where it matters. Signs are ours: positive helps.
 """
 
@@ -26,10 +28,11 @@ from circuits.ablation import Ablation, Replacement, replacement_for
 from circuits.discovery.backward import INPUT, by_span, check_steps, in_parts
 from circuits.discovery.suffix import CleanRun
 from circuits.discovery.walk import BatchScore, Walk, WalkSettings
-from circuits.latent_layers import LayerLatents, Parts, Z, facts_of, layers_of, nodes_among, replacer, rows_of
+from circuits.latent_layers import LayerLatents, Parts, Z, facts_of, layers_of, nodes_among
+from circuits.latent_replacement import replacer, rows_of
 from circuits.measure import measure
 from circuits.scores import Scores
-from circuits.writes import Writes
+from circuits.writes import Writes, heads_sum
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import CircuitError, TaskError
 from mechinterp.metrics import Metric
@@ -64,9 +67,9 @@ def latents(
     (the paper's integrated gradients, which take left ends). A layer's scores then add up to what patching its whole
     ``z`` does, the better the more steps.
 
-    ``ablation`` is "resample", "mean" or "zero". Cost: three forwards and one backward; with ``steps``, for each layer as
-    many forwards and backwards through the layers after it; and the autoencoder, twice. ``discover(model, task,
-    sparse_features(autoencoder))`` does the same.
+    ``ablation`` is "resample", "mean" or "zero". Cost: three forwards (one more where a model normalises what heads write)
+    and one backward; with ``steps``, for each layer as many forwards and backwards through the layers after it; and the
+    autoencoder, twice. ``discover(model, task, sparse_features(autoencoder))`` does the same.
     """
     check_steps(steps)
     layers = layers_of(model, autoencoder)
@@ -125,10 +128,20 @@ def exact_latents(
             for node in (node for node in nodes if node.layer == at.layer):
                 some = [] if node.index is None else [node.index]
                 change = (new - clean)[..., some] @ at.rows(some) if some else new_error - error
-                written = change[:, run.first :].to(model.dtype) @ model.weights.blocks[at.layer].W_O
+                written = _write_change(model, at, run.cache[at.site], change.to(model.dtype))[:, run.first :]
                 fall = run.falls(run.after_attention(at.layer), at.layer, written[None])
                 falls[node] += float(fall.sum()) / len(task)
     return falls
+
+
+def _write_change(
+    model: Transformer, at: LayerLatents, z: Z, change: Float[Tensor, "batch pos d_z"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """By how much a layer's heads write something else if what they gather changes."""
+    change = change.unflatten(-1, z.shape[2:])
+    if model.config.has_norms_after:
+        change = model.written(at.layer, z + change) - model.written(at.layer, z)
+    return heads_sum(model.weights, at.layer, change)
 
 
 class Attribution:

@@ -5,6 +5,10 @@ Kramár et al. 2024, arXiv:2403.00745), all ``n_layers * d_mlp`` numbers from th
 is linear in its neurons, so their attributions sum to its own. (Not under zero ablation: cutting the MLP takes ``b_out``
 along, and that belongs to no neuron.)
 
+The neuron of a gated MLP is the product of gate and factor. Where a model normalises what its MLPs write (Gemma-2, OLMo-2),
+a neuron writes its share of the normalised sum, as a head does: ``post`` is here the activation over the scale of the run
+that it is taken from, and the MLP is linear in it. (A ``b_out`` there has a share too, and belongs to no neuron either.)
+
 ``exact_neurons`` patches chosen ones, to check the ranking where it matters.
 """
 
@@ -21,6 +25,7 @@ from circuits.discovery.suffix import CleanRun
 from circuits.discovery.walk import BatchScore, Walk, WalkSettings
 from circuits.scores import Scores
 from circuits.writes import Writes
+from mechinterp.cache import ActivationCache
 from mechinterp.errors import CircuitError, UnknownNode
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
@@ -56,10 +61,12 @@ def neurons(
         replace = _replacer(model, task, replacement)
 
         def score_some(prompts: PromptBatch, replaced: Writes) -> Float[Tensor, "prompt *span item"]:
-            run = Backward.of(model, prompts, task.metric, replaced.input, ["mlp_post"], steps=steps, record=["mlp_post"])
+            record = _post_sites(model)
+            run = Backward.of(model, prompts, task.metric, replaced.input, ["mlp_out"], steps=steps, record=record)
             falls = []
-            for layer, post in enumerate(replace(prompts)):
-                at_position = (run.cache["mlp_post", layer] - post) * run.gradients[Site("mlp_post", layer)][0]
+            for layer, (clean, post) in enumerate(zip(_posts_of(model, run.cache), replace(prompts), strict=True)):
+                gradient = run.gradients[Site("mlp_out", layer)][0] @ _W_out(model, layer).T
+                at_position = (clean - post) * gradient
                 falls.append(by_span(at_position, prompts) if way.keep_positions else at_position.sum(1))
             return torch.cat(falls, -1)
 
@@ -93,9 +100,7 @@ def exact_neurons(
 def _patched(run: CleanRun, node: Node, changes: Posts) -> Float[Tensor, "batch"]:
     """By how much the metric falls when one neuron changes: its change, times its row of W_out, joins the stream."""
     assert node.layer is not None
-    W_out = run.model.weights.blocks[node.layer].W_out
-    assert W_out is not None
-    written = changes[node.layer][:, run.first :, node.index, None] * W_out[node.index]
+    written = changes[node.layer][:, run.first :, node.index, None] * _W_out(run.model, node.layer)[node.index]
     return run.falls("resid_post", node.layer, written[None])[0]
 
 
@@ -137,9 +142,26 @@ def _layouts(prompts: PromptBatch) -> Int[Tensor, "batch 2"]:
 
 @torch.no_grad()
 def _posts(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Posts:
-    """The activations of every layer's hidden units."""
-    _, cache = model.run(tokens, record=["mlp_post"], logits_at="last", logits_of=tokens[:, :0])
-    return [cache["mlp_post", layer] for layer in range(model.config.n_layers)]
+    """The activations of every layer's hidden units, as they are written."""
+    return _posts_of(model, model.run(tokens, record=_post_sites(model), logits_at="last", logits_of=tokens[:, :0])[1])
+
+
+def _posts_of(model: Transformer, cache: ActivationCache) -> Posts:
+    layers = range(model.config.n_layers)
+    if not model.config.has_norms_after:
+        return [cache["mlp_post", layer] for layer in layers]
+    return [cache["mlp_post", layer] / cache["ln2_post_scale", layer] for layer in layers]
+
+
+def _post_sites(model: Transformer) -> list[str]:
+    return ["mlp_post", *["ln2_post_scale"] * model.config.has_norms_after]
+
+
+def _W_out(model: Transformer, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """What each neuron of a layer writes, with the gain of a normalisation after it."""
+    block = model.weights.blocks[layer]
+    assert block.W_out is not None
+    return block.W_out if block.ln2_post is None or block.ln2_post.w is None else block.W_out * block.ln2_post.w
 
 
 def _slices(prompts: PromptBatch) -> list[slice]:

@@ -103,17 +103,19 @@ def paper_codes(
 def written_as_published(model: Transformer, z: Float[Tensor, "example part d_head"]) -> Float[Tensor, "example part d_model"]:
     """``z W_O`` of each head as TransformerLens gives it: value biases moved into ``b_O``, ``W_O`` centred over d_model.
 
-    Its ``from_pretrained`` does both by default, and a head's output lacks a constant for it. ``z`` must be a mean over
-    positions (weights that sum to 1): attention adds up to 1, so the value bias comes through whole.
+    Its ``from_pretrained`` does both by default (it centres for LayerNorm alone), and a head's output lacks a constant for it.
+    ``z`` must be a mean over positions (weights that sum to 1): attention adds up to 1, so the value bias comes through whole.
+    Like theirs, outputs are those before a normalisation of what heads write.
     """
     W, config, found = model.weights, model.config, []
     for layer, here in enumerate(z.unflatten(1, (config.n_layers, config.n_heads)).unbind(1)):
-        bias, ln1, W_O = W.projection_bias(layer)[2], W.blocks[layer].ln1, W.W_O(layer)
-        if ln1 is not None and ln1.b is not None:
-            bias = bias + torch.einsum("m,hmd->hd", ln1.b, W.W_V(layer))
-        if ln1 is not None:
-            W_O = W_O - W_O.mean(-1, keepdim=True)
-        found.append(torch.einsum("ehd,hdm->ehm", here - bias.to(here), W_O.to(here)))
+        block, biases = W.blocks[layer], W.port_biases(layer)[-config.n_groups :]
+        if block.ln1 is not None and block.ln1.b is not None:
+            biases = biases + torch.einsum("m,gmd->gd", block.ln1.b, W.W_V(layer))
+        biases = biases.repeat_interleave(config.n_heads // config.n_groups, dim=0)
+        W_O = block.W_O - block.W_O.mean(-1, keepdim=True) if config.centred else block.W_O
+        W_O = W_O.unflatten(0, biases.shape)
+        found.append(torch.einsum("ehd,hdm->ehm", here - biases.to(here), W_O.to(here)))
     return torch.cat(found, 1)
 
 

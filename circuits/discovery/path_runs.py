@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from circuits.discovery import suffix
 from circuits.discovery.suffix import CleanRun
-from circuits.writes import Writes
+from circuits.writes import Writes, heads_sum
 from mechinterp.nodes import PORTS, Node
 
 # Where receivers listen, the stream as it enters a layer or as its MLP reads it, and what they hear there: a change.
@@ -110,11 +110,12 @@ def _attention_change(
     if ports:
         received = model.project(layer, _take(stream, at).repeat(variants, 1, 1) + heard["stream", layer])
         for i, port in enumerate(PORTS):
-            heads = [receiver.index for receiver in ports if receiver.port == port]
+            heads = [receiver.index for receiver in ports if receiver.port == port]  # or groups of them
             mixed[i] = mixed[i].clone()
             mixed[i][:, :, heads] = _put(mixed[i][:, :, heads], at, received[i][:, :, heads])
-    z = model.mix(layer, *mixed, prefix=run.prefix) - run["z", layer].repeat(variants, 1, 1, 1)
-    return z.flatten(2) @ model.weights.blocks[layer].W_O
+    written = model.written(layer, model.mix(layer, *mixed, prefix=run.prefix))
+    clean = run[model.config.write_site, layer].repeat(variants, 1, 1, 1)
+    return heads_sum(model.weights, layer, written - clean)
 
 
 def _mlp_change(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,7 +36,7 @@ from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.errors import CircuitError, TaskError, nearest
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import PORTS, Node
+from mechinterp.nodes import Node
 from mechinterp.prompts import PromptBatch
 from mechinterp.tasks.base import Task
 
@@ -60,7 +61,8 @@ def path_patching(
     """How much the metric falls when each sender's replacement reaches the receivers, all of them together.
 
     Node scores, one a writer; **0 for writers that are not senders**. ``receivers``: ``"logits"``, ports (``"a9.h6.q"``),
-    MLPs (``"m4"``), or whole heads (``"a9.h6"``: their three ports). ``senders``: every writer that comes before the last
+    MLPs (``"m4"``), or whole heads (``"a9.h6"``: their three ports; a key or value that heads share is their group's,
+    ``"a9.g1.k"``). ``senders``: every writer that comes before the last
     receiver, input and MLPs included; ``"heads"`` for heads alone, as Wang et al. do it; or writers by name. ``positions``:
     names of the task's positions (``"S2"``), or ``"END"``; None is all, except that the logits only read END.
 
@@ -133,13 +135,18 @@ def path_links(
 
 
 def parse_receivers(model: Transformer, receivers: Nodes) -> tuple[Node, ...]:
-    """Readers in order of computation, whole heads as their ports. ``UnknownNode`` for what this model lacks."""
+    """Readers in order of computation, whole heads as their ports. ``UnknownNode`` for what this model lacks.
+
+    Where heads share keys, a head's are those of its group: what is received there is received by the others of the group, too.
+    """
     wiring, found = Wiring.of(model.config), set()
     for node in _nodes(receivers):
-        whole_head = node.kind == "head" and node.port is None
-        found |= {node.with_port(port) for port in PORTS} if whole_head else {node}
-    for node in found:
-        wiring.index("input", node)
+        if node.kind == "head" and node.port is None:
+            wiring.index(node, LOGITS)
+            found |= {wiring.readers[reader] for reader in np.flatnonzero(wiring.reads[wiring.writers.index(node)])}
+        else:
+            wiring.index("input", node)
+            found.add(node)
     if not found:
         raise CircuitError("path patching needs a receiver: 'logits', a port such as 'a9.h6.q', a head, or an MLP.")
     return tuple(sorted(found))

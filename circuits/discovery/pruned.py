@@ -8,20 +8,21 @@ the reader in hand, and three things follow, each exact:
    through kept edges, so a change spreads along kept edges alone, as a difference from the current run.
 3. A part read by no living key or value is read at END alone (the last layer always, with few edges most of the others),
    and is computed there alone.
+
+Where the heads of a layer share a normalisation, what one of them gathers changes what all of them write: they live or die
+together, are read wherever any of them is, and are computed together.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.suffix import CleanRun, at_end
 from circuits.wiring import Wiring
-from mechinterp.models.attention import attend
-from mechinterp.models.trace import Trace
+from mechinterp.models.attention import Heads, mix
 
 
 class PrunedRun:
@@ -38,8 +39,10 @@ class PrunedRun:
         self.ports: dict[int, Tensor] = {}  # reader: the query, key or value made of it, [batch pos d_head]
         self.written: dict[int, Tensor] = {}  # writer: its z or mlp_out
         self.everywhere: set[int] = set()  # writers that are read at other positions than END
+        self.begun: set[tuple[int | None, bool]] = set()  # a layer's heads, or its MLP, once a reader of theirs came up
         self.logits = len(wiring.readers) - 1
-        self.unseen = Trace(run.model.weights)  # nobody looks into these passes
+        self.parts = [np.flatnonzero(by).tolist() for by in wiring.reads.T]  # the writers that read through a reader
+        self.readers = [np.flatnonzero(through).tolist() for through in wiring.reads]  # of a head: its q, k and v
         deltas = run.delta.first(len(wiring.writers))
         by_width = {True: deltas, False: at_end(run, deltas.flatten(0, 1)).unflatten(0, deltas.shape[:2])}
         self.changes = {width: (change, change.flatten(1).any(1).tolist()) for width, change in by_width.items()}
@@ -47,28 +50,43 @@ class PrunedRun:
         self.streams[self.logits] = at_end(run, last)
 
     def reach(self, reader: int) -> bool:
-        """Begin with a reader, whose part's outgoing edges are all decided: False if the part is dead."""
-        if reader == self.logits or reader in self.streams:
-            return True
-        node, part = self.wiring.readers[reader], self.part(reader)
-        outgoing = np.flatnonzero(self.kept[part])
-        if not len(outgoing):
-            return False
-        if any(self._reads_everywhere(int(other)) for other in outgoing):
-            self.everywhere.add(part)
-        layer, head = node.layer or 0, node.index
-        if node.kind == "mlp":
+        """Begin with a reader, whose parts' outgoing edges are all decided: False if nothing that it reads can matter."""
+        node = self.wiring.readers[reader]
+        stage = (node.layer, node.kind == "mlp")
+        if reader != self.logits and stage not in self.begun:
+            self.begun.add(stage)
+            begin = self._begin_mlp if node.kind == "mlp" else self._begin_heads
+            begin(node.layer or 0)
+        return reader in self.streams
+
+    def _begin_mlp(self, layer: int) -> None:
+        part = self.wiring.head_slice(layer).stop
+        if self._lives(part):
             before = "resid_pre" if self.run.model.config.parallel else "resid_mid"
-            self.streams[reader] = self._seen(part, self.run[before, layer])
+            self.streams[self.wiring.mlp_reader(layer)] = self._seen(part, self.run[before, layer])
             self.written[part] = self._seen(part, self.run["mlp_out", layer])
-            return True
-        self.written[part] = self._seen(part, self.run["z", layer][:, :, head])
-        for port, name in zip(self._ports(part), "qkv", strict=True):
-            stream, made = self.run["resid_pre", layer], self.run[name, layer][:, :, head]
-            narrow = name == "q" and part not in self.everywhere
-            self.streams[port] = at_end(self.run, stream) if narrow else stream
-            self.ports[port] = at_end(self.run, made) if narrow else made
-        return True
+
+    def _begin_heads(self, layer: int) -> None:
+        config, heads = self.run.model.config, self.wiring.head_slice(layer)
+        parts = range(heads.start, heads.stop)
+        living = [part for part in parts if self._lives(part)]
+        if living and config.has_joint_heads:
+            living = parts
+            self.everywhere |= {*parts} if self.everywhere.intersection(parts) else set()
+        for part in living:
+            self.written[part] = self._seen(part, self.run[config.write_site, layer][:, :, part - heads.start])
+            for port, reader in zip("qkv", self.readers[part], strict=True):
+                made = self.run[port, layer][:, :, reader - self.wiring.port_slice(layer, port).start]
+                stream, widely = self.run["resid_pre", layer], self._reads_everywhere(reader)
+                self.streams[reader] = stream if widely else at_end(self.run, stream)
+                self.ports[reader] = made if widely else at_end(self.run, made)
+
+    def _lives(self, part: int) -> bool:
+        """Whether anything is still read of what a part writes; and notes it if that is at other positions than END."""
+        outgoing = np.flatnonzero(self.kept[part]).tolist()
+        if any(map(self._reads_everywhere, outgoing)):
+            self.everywhere.add(part)
+        return bool(outgoing)
 
     def carried(self, reader: int) -> tuple[Float[Tensor, "writer batch pos d_model"], list[bool]]:
         """What cutting the edge from each writer changes in what ``reader`` reads, where it reads, and whether it does."""
@@ -76,8 +94,8 @@ class PrunedRun:
 
     def tokens(self, reader: int) -> int:
         """How many positions of the batch a change at ``reader`` goes on with."""
-        widely = reader != self.logits and self.part(reader) in self.everywhere
-        return self.run["z", 0][:, :, 0, 0].numel() if widely else len(self.run.prompts)
+        widely = not self.everywhere.isdisjoint(self.parts[reader])
+        return self.run.n_tokens if widely else len(self.run.prompts)
 
     def ends(
         self, reader: int, change: Float[Tensor, "variant batch pos d_model"], keep: bool = False
@@ -96,22 +114,8 @@ class PrunedRun:
         if bool(change.any()):
             self.ends(reader, change[None], keep=True)
 
-    def part(self, reader: int) -> int:
-        """The writer that this reader belongs to: of a port its head, of an MLP's input the MLP."""
-        node = self.wiring.readers[reader]
-        first = 1 + (node.layer or 0) * (self.wiring.n_heads + self.wiring.has_mlp)
-        return first + (self.wiring.n_heads if node.kind == "mlp" else node.index or 0)
-
-    def _ports(self, part: int) -> tuple[int, int, int]:
-        heads = self.wiring.n_heads
-        layer, head = divmod(part - 1, heads + self.wiring.has_mlp)
-        first = layer * (3 * heads + self.wiring.has_mlp) + head
-        return first, first + heads, first + 2 * heads
-
     def _reads_everywhere(self, reader: int) -> bool:
-        if reader == self.logits:
-            return False
-        return self.wiring.readers[reader].port in ("k", "v") or self.part(reader) in self.everywhere
+        return self.wiring.readers[reader].port in ("k", "v") or not self.everywhere.isdisjoint(self.parts[reader])
 
     def _seen(self, part: int, x: Tensor) -> Tensor:
         return x if part in self.everywhere else at_end(self.run, x)
@@ -133,21 +137,23 @@ class _Spread:
     def through_mlp(self, layer: int) -> None:
         if not self.model.config.has_mlp:
             return
-        reader = (layer + 1) * (3 * self.current.wiring.n_heads + 1) - 1
+        wiring, reader = self.current.wiring, self.current.wiring.mlp_reader(layer)
         if reader in self.current.streams:
             for stream in self._read([reader])[1]:
-                self._write(self.current.part(reader), self.model.feed_forward(layer, stream))
+                self._write(wiring.head_slice(layer).stop, self.model.feed_forward(layer, stream))
 
     def through_heads(self, layer: int) -> None:
-        heads = self.current.wiring.n_heads
-        first = layer * (3 * heads + self.current.wiring.has_mlp)
-        living = [reader for reader in range(first, first + 3 * heads) if reader in self.current.ports]
-        wide = [reader for reader in living if self.current._reads_everywhere(reader)]
+        current, ports = self.current, self.current.wiring.port_slice(layer)
+        living = [reader for reader in range(ports.start, ports.stop) if reader in current.ports]
+        wide = [reader for reader in living if current._reads_everywhere(reader)]
         moved = self._project(layer, *self._read(wide))
         moved |= self._project(layer, *self._read([reader for reader in living if reader not in wide]))
-        parts = sorted({self.current.part(reader) for reader in moved})
+        parts = {part for reader in moved for part in current.parts[reader] if part in current.written}
+        if parts and self.model.config.has_joint_heads:
+            heads = current.wiring.head_slice(layer)
+            parts = range(heads.start, heads.stop)
         for everywhere in (True, False):
-            some = [part for part in parts if (part in self.current.everywhere) is everywhere]
+            some = sorted(part for part in parts if (part in current.everywhere) is everywhere)
             if some:
                 self._mix(layer, some, moved, everywhere)
 
@@ -174,29 +180,32 @@ class _Spread:
         """Queries, keys and values that ports make of streams of their own."""
         if not readers:
             return {}
-        nodes, norm = [self.current.wiring.readers[reader] for reader in readers], self.model.weights.blocks[layer].ln1
-        ports, heads = ["qkv".index(node.port or "") for node in nodes], [node.index for node in nodes]
-        if norm is not None:
-            streams = F.layer_norm(streams, streams.shape[-1:], norm.w, norm.b, self.model.config.norm_eps)
-        W, b = self.model.weights.projection(layer)[ports, heads], self.model.weights.projection_bias(layer)[ports, heads]
-        made = torch.baddbmm(b.unsqueeze(1), streams.flatten(1, 2), W).unflatten(1, streams.shape[1:3])
+        ports = torch.as_tensor(readers, device=streams.device) - self.current.wiring.port_slice(layer).start
+        made = self.model.project_some(layer, ports, streams.flatten(1, 2)).unflatten(1, streams.shape[1:3])
         if self.keep:
             self.current.ports |= zip(readers, made, strict=True)
         return dict(zip(readers, made, strict=True))
 
     def _mix(self, layer: int, parts: list[int], moved: Mapping[int, Tensor], everywhere: bool) -> None:
         """The heads in ``parts`` attend again, with what has changed of their queries, keys and values."""
-        config, ports = self.model.config, zip(*(self.current._ports(part) for part in parts), strict=True)
-        q, k, v = (torch.stack([self._port(reader, moved) for reader in port], dim=2) for port in ports)
-        heads = [self.current.wiring.writers[part].index for part in parts]
-        prefix = self.run.prefix
+        wiring, weights, prefix = self.current.wiring, self.model.weights, self.run.prefix
+        queries, keys, values = map(list, zip(*(self.current.readers[part] for part in parts), strict=True))
+        whole = len(parts) == wiring.n_heads
+        if whole:  # heads that share a key take it once; of some heads, each takes its own
+            keys, values = (sorted(set(readers)) for readers in (keys, values))
+        q, k, v = (torch.stack([self._port(reader, moved) for reader in port], dim=2) for port in (queries, keys, values))
         if prefix is not None:
-            old = (kept[layer][:, :, heads].repeat(self.variants, 1, 1, 1) for kept in (prefix.keys, prefix.values))
+            groups = [reader - wiring.port_slice(layer, "k").start for reader in keys]
+            old = (kept[layer][:, :, groups].repeat(self.variants, 1, 1, 1) for kept in (prefix.keys, prefix.values))
             k, v = (torch.cat([before, new], dim=1) for before, new in zip(old, (k, v), strict=True))
-        only = None if everywhere else self.run.ends.repeat(self.variants)
-        z = attend(q, k, v, config.scale, config.causal, only, prefix, self.current.unseen, layer)
-        for part, head, one in zip(parts, heads, z.unbind(2), strict=True):
-            self._write(part, one, self.model.weights.W_O(layer)[head])
+        at = torch.arange(self.run.first, k.shape[1], device=k.device)[None]
+        at = at if everywhere else self.run.prompts.end.repeat(self.variants)[:, None]
+        indices = [part - wiring.head_slice(layer).start for part in parts]
+        heads = Heads.of(weights, layer, at, only=None if whole else indices)
+        z = mix(heads.turn_q(q), heads.turn_k(k), v, heads, is_triangle=everywhere and prefix is None)
+        W_O = weights.W_O(layer)
+        for part, head, one in zip(parts, indices, self.model.written(layer, z).unbind(2), strict=True):
+            self._write(part, one, W_O[head])
 
     def _port(self, reader: int, moved: Mapping[int, Tensor]) -> Float[Tensor, "row pos d_head"]:
         return moved[reader] if reader in moved else self._now(self.current.ports[reader])

@@ -22,19 +22,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.models.attention import Heads
+
 
 @dataclass(frozen=True)
 class Rows:
     """The attention of one layer on the clean run, and what the metric makes of it by each ``run`` of gradients.
 
-    ``scores`` are -inf where a key is hidden. ``pull`` is ``d_t - d̄``, what the metric gains by a unit of attention that
-    t takes from all keys alike; ``gap``, by one that it takes from the other keys.
+    ``q`` and ``k`` are as they meet in the softmax (``Heads``), keys once for every head. ``pull`` is ``d_t - d̄``, what the
+    metric gains by a unit of attention that t takes from all keys alike; ``gap``, by one that it takes from the other keys.
     """
 
+    heads: Heads
     q: Float[Tensor, "batch query_pos head_index d_head"]
     k: Float[Tensor, "batch key_pos head_index d_head"]
-    scale: float
-    scores: Float[Tensor, "batch head_index query_pos key_pos"]
     odds: Float[Tensor, "batch head_index query_pos key_pos"]
     pull: Float[Tensor, "run batch head_index query_pos key_pos"]
     gap: Float[Tensor, "run batch head_index query_pos key_pos"]
@@ -43,13 +44,16 @@ class Rows:
     def of(
         cls,
         q: Float[Tensor, "batch query_pos head_index d_head"],
-        k: Float[Tensor, "batch key_pos head_index d_head"],
-        v: Float[Tensor, "batch key_pos head_index d_head"],
-        scores: Float[Tensor, "batch head_index query_pos key_pos"],
-        scale: float,
+        k: Float[Tensor, "batch key_pos group d_head"],
+        v: Float[Tensor, "batch key_pos group d_head"],
+        heads: Heads,
         dz: Float[Tensor, "run batch query_pos head_index d_head"],
     ) -> "Rows":
-        """From a clean run and the metric's gradients at ``z``: ``dm/dA`` is ``<dz of the query, v of the key>``."""
+        """From queries, keys and values as the projection made them in the clean run and the metric's gradients at ``z``:
+        ``dm/dA`` is ``<dz of the query, v of the key>``.
+        """
+        q, k, v = heads.turn_q(q), heads.for_every_head(heads.turn_k(k)), heads.for_every_head(v)
+        scores = heads.scores(q, k)
         d = torch.einsum("rbqhd,bkhd->rbhqk", dz, v)
         log_share = scores.log_softmax(-1)
         share = log_share.exp()
@@ -63,21 +67,26 @@ class Rows:
         among_rivals = rivals.softmax(-1).nan_to_num()  # a query that sees one key has no rivals, and nothing to shift
         first_gap = d - (among_rivals * d).sum(-1, keepdim=True)
         gap = torch.where(is_first, first_gap, pull / (1 - share).masked_fill(is_first, 1))
-        return cls(q, k, scale, scores, odds, pull, gap)
+        return cls(heads, q, k, odds, pull, gap)
 
     def of_queries(
         self, changed: Float[Tensor, "source batch query_pos head_index d_head"]
     ) -> Float[Tensor, "run source batch query_pos head_index"]:
         """By how much the metric rises if each query alone is ``changed``."""
-        scores = self.scale * torch.einsum("sbqhd,bkhd->sbhqk", changed, self.k)
-        pattern = scores.masked_fill_(self.scores == -torch.inf, -torch.inf).softmax(-1)
+        pattern = self.heads.scores(self.heads.turn_q(changed), self.k).softmax(-1)
         return torch.einsum("sbhqk,rbhqk->rsbqh", pattern, self.pull)
 
     def of_keys(
-        self, changed: Float[Tensor, "source batch key_pos head_index d_head"]
+        self, changed: Float[Tensor, "source batch key_pos group d_head"]
     ) -> Float[Tensor, "run source batch key_pos head_index"]:
-        """By how much the metric rises if each key alone is ``changed``, summed over the queries that see it."""
-        shift = self.scale * torch.einsum("bqhd,sbkhd->sbhqk", self.q, changed - self.k)
+        """By how much the metric rises, head by head, if each key alone is ``changed``, summed over the queries that see it."""
+        config = self.heads.config
+        change = self.heads.for_every_head(self.heads.turn_k(changed)) - self.k
+        shift = config.scale * torch.einsum("bqhd,sbkhd->sbhqk", self.q, change)
+        if (cap := config.attention_soft_cap) is not None:
+            before = torch.einsum("bqhd,bkhd->bhqk", self.q, self.k) * (config.scale / cap)
+            # tanh(a + x) - tanh(a) = tanh(x) (1 - tanh(a) tanh(a + x)), which loses nothing where x is small.
+            shift = cap * torch.tanh(shift / cap) * (1 - torch.tanh(before) * torch.tanh(before + shift / cap))
         return torch.einsum("sbhqk,rbhqk->rsbkh", _moved(self.odds, shift), self.gap)
 
 

@@ -31,9 +31,10 @@ from circuits.discovery.paths import (
 from circuits.discovery.walk import WalkSettings
 from circuits.graph import Circuit
 from circuits.scores import Scores
+from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, TaskError
 from mechinterp.models.transformer import Transformer
-from mechinterp.nodes import PORTS, Node
+from mechinterp.nodes import Node
 from mechinterp.tasks.base import Task
 
 _KEPT = 0.02  # of all senders, as Merullo et al. keep where nothing else is said: 3 of GPT-2 small's heads, 8 of medium's
@@ -94,7 +95,7 @@ def staged(
         n_per_stage = max(1, round(_KEPT * len(everyone)))
     found: list[Stage] = []
     for ports, position in steps:
-        receivers = _inputs(found[-1].kept, ports) if found else parse_receivers(model, start)
+        receivers = _inputs(model, found[-1].kept, ports) if found else parse_receivers(model, start)
         able = open_to(model, receivers)
         if not (sending := [sender for sender in everyone if sender in able]):
             break
@@ -142,10 +143,12 @@ def _parse_step(step: str) -> tuple[str, str | None]:
     return ports, position or None
 
 
-def _inputs(kept: Sequence[Node], ports: str) -> tuple[Node, ...]:
-    """What these parts read: heads by ``ports``, MLPs as they are, the input nothing."""
-    heads = [head.with_port(port) for head in kept if head.kind == "head" for port in PORTS if port in ports]
-    return tuple(sorted([*heads, *(node for node in kept if node.kind == "mlp")]))
+def _inputs(model: Transformer, kept: Sequence[Node], ports: str) -> tuple[Node, ...]:
+    """What these parts read: heads by ``ports`` (shared ones are their group's), MLPs as they are, the input nothing."""
+    wiring = Wiring.of(model.config)
+    read = wiring.reads[[wiring.writers.index(part) for part in kept]].any(0)
+    readers = [wiring.readers[reader] for reader in np.flatnonzero(read)]
+    return tuple(sorted(reader for reader in readers if reader.port is None or reader.port in ports))
 
 
 def _strongest(scores: Scores, n: int | None, threshold: float | None) -> tuple[Node, ...]:

@@ -40,7 +40,7 @@ class CleanRun:
         cls, model: Transformer, prompts: PromptBatch, metric: Metric, replacement: Writes, *, shares_prefix: bool
     ) -> "CleanRun":
         """One clean forward. ``shares_prefix``: the ablation leaves what both prompts share as it is (resampling does)."""
-        wanted = [*sites(model), "resid_pre", "q", "k", "v", "resid_post"]
+        wanted = [*sites(model), "resid_pre", "q", "k", "v", "z", "resid_post"]
         wanted += ["resid_mid"] if model.config.has_mlp and not model.config.parallel else []
         prompts = prompts.to(model.device)
         _, cache = model.run(prompts.clean, record=wanted, logits_at="last", logits_of=prompts.clean[:, :0])
@@ -58,6 +58,11 @@ class CleanRun:
     @property
     def prefix(self) -> Prefix | None:
         return Prefix.of(self.cache, self.model.config.n_layers, self.first) if self.first else None
+
+    @property
+    def n_tokens(self) -> int:
+        """How many positions of the batch can differ."""
+        return len(self.prompts) * (self.prompts.clean.shape[1] - self.first)
 
     @property
     def ends(self):

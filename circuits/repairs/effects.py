@@ -1,8 +1,10 @@
 """What an edit does to later heads: where they look from END, and what they add to the logits themselves.
 
 Direct logit attribution: the logits are ``W_U`` times the normalised final stream, and the stream is a sum, so with the
-scale of the final LayerNorm ``s`` held each head adds ``z W_O (1/s) diag(w) (W_U[answer] - W_U[foil])``, its output
-centred as LayerNorm does. (Merullo et al. 2024, section 5: the movers look away from wrong colors, and speak up.)
+scale of the final normalisation ``s`` held each head adds ``z W_O (1/s) diag(w) (W_U[answer] - W_U[foil])``, its output
+centred where LayerNorm does so, and with its share of a normalisation after attention. Where logits are soft-capped
+(Gemma-2), that is what it adds before the cap. (Merullo et al. 2024, section 5: the movers look away from wrong colors, and
+speak up.)
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 from circuits.repairs.report import Downstream, Mean
 from circuits.repairs.runs import Edit, Run, first_layer
 from mechinterp.cache import ActivationCache
+from mechinterp.models.normalization import centre
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.prompts import PromptBatch
@@ -52,7 +55,7 @@ class Effects:
             return []
         layers = sorted({head.layer for head in self.heads if head.layer is not None})
         scale = [Site("ln_final_scale")] if self.model.weights.ln_final is not None else []
-        return [Site(name, layer) for layer in layers for name in ("pattern", "z")] + scale
+        return [Site(name, layer) for layer in layers for name in ("pattern", self.model.config.write_site)] + scale
 
     def watch(self, edits: Sequence[Edit], run: Run, cache: ActivationCache) -> None:
         """Add up a batch."""
@@ -98,7 +101,7 @@ class Effects:
         return torch.stack(looks).double().sum(1).cpu().numpy()
 
     def _direct(self, run: Run, cache: ActivationCache) -> Float[np.ndarray, "prompt head"]:
-        """Each head's own part of ``logit(answers) - logit(foils)``, means over answers and over foils, in logits."""
+        """Each head's own part of ``logit(answers) - logit(foils)``, means over answers and over foils, before a soft cap."""
         prompts, weights = run.prompts, self.model.weights
         rows = torch.arange(len(prompts), device=prompts.clean.device)
         direction = answer_direction(self.model, prompts)
@@ -106,7 +109,7 @@ class Effects:
             direction = direction / cache["ln_final_scale"].reshape(len(prompts), 1)
         parts = []
         for head in self.heads:
-            z = cache["z", head.layer or 0][rows, prompts.end - run.offset, head.index]
+            z = cache[self.model.config.write_site, head.layer or 0][rows, prompts.end - run.offset, head.index]
             reads = torch.einsum("dm,bm->bd", weights.W_O(head.layer or 0)[head.index], direction)
             parts.append((z * reads).sum(-1))
         return torch.stack(parts, 1).double().cpu().numpy()
@@ -121,4 +124,4 @@ def answer_direction(model: Transformer, prompts: PromptBatch) -> Float[Tensor, 
     if norm is None:
         return direction
     gained = direction if norm.w is None else direction * norm.w
-    return gained - gained.mean(-1, keepdim=True)  # LayerNorm centres what is written; centring is its own transpose
+    return centre(gained, model.config)  # LayerNorm centres what is written; centring is its own transpose

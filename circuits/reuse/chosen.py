@@ -100,8 +100,8 @@ def _of_kinds(wiring: Wiring, level: Level, kinds: Collection[str]) -> Bool[np.n
         return np.array([writer.kind in kinds and writer.kind in there_are for writer in wiring.writers])
     if "mlp" in kinds:
         return np.ones(wiring.n_edges, dtype=bool)
-    is_mlp = np.array([*(writer.kind == "mlp" for writer in wiring.writers), False])
-    judged = ~is_mlp[wiring.edge_writer] & ~is_mlp[wiring.edge_owner]
+    writes, reads = (np.array([end.kind != "mlp" for end in ends]) for ends in (wiring.writers, wiring.readers))
+    judged = writes[wiring.edge_writer] & reads[wiring.edge_reader]
     judged[wiring.index("input", "logits")] = False
     return judged
 

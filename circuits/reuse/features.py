@@ -9,7 +9,7 @@
 
 A key counts once, as the first that fits. The answer, a foil and the same word are looked for among words and not tokens
 (" Red" is "red"). What is written goes to the logits directly: later parts are left out, and the final normalisation keeps the
-scale of the whole run.
+scale of the whole run, as one after attention does, of which each head has its share. Logits are those before a soft cap.
 """
 
 from collections import defaultdict
@@ -57,7 +57,7 @@ def head_features(
     Cost: one forward pass with all patterns kept, and ``d_vocab d_model^2`` once.
     """
     prompts, words, reader = _with_distinct_names(task.prompts), _words(model, task), Reader.of(model)
-    sites = ["pattern", "z", *(["ln_final_scale"] if model.weights.ln_final is not None else [])]
+    sites = ["pattern", model.config.write_site, *(["ln_final_scale"] if model.weights.ln_final is not None else [])]
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
     with tqdm(total=len(task), desc=task.name, unit="prompt", delay=2, disable=None if progress else True) as bar:
@@ -86,7 +86,7 @@ def _of_layer(reader: "Reader", cache: ActivationCache, batch: PromptBatch, keys
     for kind, mask in keys.text.items():
         share = torch.einsum("bhqk,bqk->h", pattern, mask.to(pattern))
         found[f"text: -> {kind}"] = (share, int(mask.any(2).sum()))
-    z = cache["z", layer][rows, batch.end]
+    z = cache[reader.model.config.write_site, layer][rows, batch.end]
     scale = cache["ln_final_scale"][:, 0] if "ln_final_scale" in cache else z.new_ones(len(batch), 1)
     return found | reader.writes(layer, z / scale[:, None], at_end, batch)
 
@@ -157,7 +157,7 @@ class Reader:
         at_end: Float[Tensor, "batch head_index key_pos"],
         batch: PromptBatch,
     ) -> Summed:
-        """How far a head lifts the logits of the tokens that it may be about; ``z`` over the final scale."""
+        """How far a head lifts the logits of the tokens that it may be about; ``z``, as it is written, over the final scale."""
         written = torch.einsum("bhd,hdm->bhm", z, self.model.weights.W_O(layer))
         rows, lifted = torch.arange(len(batch), device=z.device), {}
         for name, index in batch.positions.items():

@@ -5,11 +5,9 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.edges import Edge, is_residual, residual_edges
+from circuits.edges import SHAPE, Edge, is_residual, residual_edges, shape_of
 from circuits.graph import Circuit
 from mechinterp.errors import CircuitError
-
-_SHAPE = ("n_layers", "n_heads", "has_mlp", "parallel")
 
 
 def union_graph(circuits: Mapping[str, Circuit]) -> Circuit:
@@ -56,6 +54,10 @@ def shared_by(union: Circuit, *tasks: str) -> Circuit:
     for writer, reader in residual_edges(union):
         if wanted <= set(tasks_of(union.edges[writer, reader])):
             shared.keep(writer, reader)
+    # A key that is left without a head was tied anew to its whole group: here it stays with the heads that it had.
+    unknown = set(shared.edges) - set(union.edges)
+    shared.remove_edges_from(unknown)
+    shared.remove_nodes_from([head for _, head in unknown if not shared.degree(head)])
     for node in shared.nodes:
         shared.nodes[node].update(union.nodes[node])
     for edge in shared.edges:
@@ -83,7 +85,7 @@ def _largest(circuit: nx.DiGraph) -> float:
 def _facts_in_common(circuits: Mapping[str, Circuit]) -> dict[str, Any]:
     """What all circuits say alike, under the names of all tasks."""
     first, *others = (circuit.graph for circuit in circuits.values())
-    alike = (*_SHAPE, "n_edges_in_model", "model", "method")
+    alike = (*SHAPE, "n_edges_in_model", "model", "method")
     facts = {name: first[name] for name in alike if name in first and all(one.get(name) == first[name] for one in others)}
     joined = ",".join(circuits)
     return facts | {"task": joined.replace(",", ", "), "tasks": joined, "unit": "share of each task's largest score"}
@@ -96,8 +98,8 @@ def _check(circuits: Mapping[str, Circuit]) -> None:
         raise CircuitError(f"{wrong[0]!r} cannot name a task in a graph, where commas stand between names. Rename it.")
     (first_name, first), *others = circuits.items()
     for name, circuit in others:
-        for fact in (*_SHAPE, "model"):
-            one, other = first.graph.get(fact), circuit.graph.get(fact)
+        for fact in (*SHAPE, "model"):
+            one, other = ({**of.graph, **shape_of(of.graph)}.get(fact) for of in (first, circuit))
             if None not in (one, other) and one != other:
                 raise CircuitError(
                     f"{first_name!r} has {fact}={one!r} and {name!r} {fact}={other!r}: join circuits of one model."

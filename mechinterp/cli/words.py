@@ -73,11 +73,12 @@ def shortened(text: str, limit: int = 120) -> str:
 def model_in_words(config: Any) -> str:
     """
     >>> from types import SimpleNamespace as Config
-    >>> model_in_words(Config(n_layers=4, n_heads=8, d_model=128, d_mlp=None, d_vocab=600))
-    '4 layers of 8 heads, width 128, attention only, vocabulary of 600'
+    >>> model_in_words(Config(n_layers=4, n_heads=8, n_groups=2, d_model=128, d_mlp=None, d_vocab=600))
+    '4 layers of 8 heads (in 2 groups with one key and value each), width 128, attention only, vocabulary of 600'
     """
     mlp = "attention only" if config.d_mlp is None else f"MLPs of {config.d_mlp}"
-    size = f"{config.n_layers} layers of {config.n_heads} heads, width {config.d_model}"
+    shared = "" if config.n_groups == config.n_heads else f" (in {config.n_groups} groups with one key and value each)"
+    size = f"{config.n_layers} layers of {config.n_heads} heads{shared}, width {config.d_model}"
     return f"{size}, {mlp}, vocabulary of {config.d_vocab:,}"
 
 

@@ -3,6 +3,10 @@
 In a block (Hsu et al. 2024/2025, algorithm 1 and their code): normalise; queries, keys and values; attention; then what
 is relevant at this layer's heads is *set*, and heads are read; out of attention, through the MLP, and on. ``None`` stands
 for "nothing relevant", which every rule leaves so: nothing in, nothing out.
+
+Where a model normalises what its heads write, a source is set behind that (``z_written``): it *is* what the head writes,
+and what its siblings write is not its doing. Set before it, at ``z``, a head would change their common scale, so that
+under ``"own"`` norms a part of every sibling's write would be relevant to it. Read is what a head gathers, ``z``.
 """
 
 from collections.abc import Mapping
@@ -19,14 +23,14 @@ from mechinterp.decomposition.rule_sets import Rules
 from mechinterp.decomposition.sources import INPUT, Reference, Stack
 from mechinterp.decomposition.split import Split
 from mechinterp.decomposition.totals import Totals
-from mechinterp.models.attention import visible
+from mechinterp.models.attention import Heads
 from mechinterp.models.transformer import ACTIVATIONS, Transformer
 from mechinterp.models.weights import Norm
 from mechinterp.sites import Site
 
 LOGITS = Site("logits")
-AFTER_KEYS = ("q", "z")
-AFTER_HEADS = ("attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
+AFTER_KEYS = ("q", "z", "z_written")
+AFTER_HEADS = ("attn_out", "resid_mid", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,12 @@ class Way:
         of_queries, behind = self._views(layer)
         self._read("resid_pre", layer, x)
         z = None if x is None else self._attention(layer, x, of_queries)
-        z = self._set(Site("z", layer), z, of_queries)
-        self._read("z", layer, z)
-        z, x = _narrow(z, of_queries, behind), _narrow(x, self.totals, behind)
-        attn_out = None if z is None else self._linear(z.map(_joined), block.W_O, block.b_O, "attn_out", layer, behind)
+        if config.has_norms_after:
+            self._read("z", layer, z)
+            z = None if z is None else by.written(z, block.W_O, config.norm_eps, rules.norm)  # type: ignore[arg-type]
+        z = self._read(config.write_site, layer, self._set(Site(config.write_site, layer), z, of_queries))
+        z, x, W_O = _narrow(z, of_queries, behind), _narrow(x, self.totals, behind), self.model.weights.W_O(layer)
+        attn_out = None if z is None else self._linear(z.map(_joined), W_O.flatten(0, 1), block.b_O, "attn_out", layer, behind)
         self._read("attn_out", layer, attn_out)
         after = _add(x, attn_out)
         if config.has_mlp:
@@ -88,45 +94,60 @@ class Way:
         return (self.totals if read & set(AFTER_KEYS) else behind), behind
 
     def _attention(self, layer: int, x: Split, view: Totals | None) -> Split:
-        config, rules = self.model.config, self.rules
-        normed = self._normalize(x, self.model.weights.blocks[layer].ln1)
+        weights, rules = self.model.weights, self.rules
+        queries = torch.arange(self.stack.n_pos, device=self.model.device)[None] if view is None else view.queries
+        heads = Heads.of(weights, layer, queries)
+        normed = self._normalize(x, weights.blocks[layer].ln1)
         if view is not None and rules.attention == "held":
             for name in {"q", "k"} & {site.name for site in self.targets if site.layer == layer}:
                 self._port(name, layer, normed, view)
-            return by.gather(view.pattern(layer), self._port("v", layer, normed, view), view("z", layer))
+            v = self._port("v", layer, normed, view).map(heads.for_every_head)
+            return by.gather(view.pattern(layer), v, view("z", layer))
         q, k, v = (self._port(name, layer, normed, view) for name in "qkv")
-        total, queries = None, torch.arange(self.stack.n_pos, device=self.model.device)[None]
         if view is not None:
-            total, queries = view("z", layer), view.queries
             k, v = (_with_prefix(of, view.before(name, layer)) for of, name in ((k, "k"), (v, "v")))
-        seen = visible(queries, self.stack.n_pos) if config.causal else None
-        return by.attend(q, k, v, config.scale, seen, rules.attention, total)  # type: ignore[arg-type]
+        total = None if view is None else view("z", layer)
+        return by.attend(q, k, v, heads, rules.attention, rules.norm, total)  # type: ignore[arg-type]
 
     def _port(self, name: str, layer: int, normed: Split, view: Totals | None) -> Split:
-        """Queries where they are needed, keys and values everywhere."""
+        """Queries where they are needed; keys and values, once for all heads that share them, everywhere."""
         config, block = self.model.config, self.model.weights.blocks[layer]
-        here, width = view if name == "q" else self.totals, config.n_heads * config.d_head
-        first = "qkv".index(name) * width
+        H, G, D = config.n_heads, config.n_groups, config.d_head
+        here, first, n = {"q": (view, 0, H), "k": (self.totals, H, G), "v": (self.totals, H + G, G)}[name]
         read = _narrow(normed, self.totals, here)
         assert read is not None
-        W, b = block.W_QKV[:, first : first + width], block.b_QKV[first : first + width]
-        made = self._linear(read, W, b, name, layer, here).map(lambda part: part.unflatten(-1, (config.n_heads, config.d_head)))
+        W, b = (of[..., first * D : (first + n) * D] for of in (block.W_QKV, block.b_QKV))
+        made = self._linear(read, W, b, name, layer, here).map(lambda part: part.unflatten(-1, (n, D)))
         self._read(name, layer, made)
         return made
 
     def _mlp(self, layer: int, stream: Split, view: Totals | None) -> Split:
         config, block, rules = self.model.config, self.model.weights.blocks[layer], self.rules
-        assert block.W_in is not None
-        assert block.W_out is not None
-        pre = self._linear(self._normalize(stream, block.ln2), block.W_in, block.b_in, "mlp_pre", layer, view)
-        pre = by.by_sign(pre) if rules.sign else pre
-        self._read("mlp_pre", layer, pre)
-        f, total = ACTIVATIONS[config.activation], None if view is None else view("mlp_post", layer)
-        slope = by.SLOPE_AT_ZERO.get(config.activation, 0.0)  # `check_rules` has seen to it where it matters
-        post = by.activate(pre, f, rules.activation, slope, total)  # type: ignore[arg-type]
+        f, slope = ACTIVATIONS[config.activation], by.SLOPE_AT_ZERO.get(config.activation, 0.0)  # see `check_rules`
+        read = self._normalize(stream, block.ln2)
+        if config.gated:
+            pre = self._hidden(read, block.W_gate, block.b_gate, "mlp_pre", layer, view)
+            total = None if view is None else f(view("mlp_pre", layer))
+            a = by.activate(pre, f, rules.activation, slope, total)  # type: ignore[arg-type]
+            u = self._hidden(read, block.W_in, block.b_in, "mlp_pre_linear", layer, view)
+            post = by.gate(a, u, rules.gate, None if view is None else view("mlp_post", layer))  # type: ignore[arg-type]
+        else:
+            pre = self._hidden(read, block.W_in, block.b_in, "mlp_pre", layer, view)
+            total = None if view is None else view("mlp_post", layer)
+            post = by.activate(pre, f, rules.activation, slope, total)  # type: ignore[arg-type]
         self._read("mlp_post", layer, post)
-        out = self._linear(post, block.W_out, block.b_out, "mlp_out", layer, view)
-        return by.by_sign(out) if rules.sign else out
+        assert block.W_out is not None
+        total = None if view is None else view.mlp_out_before_its_norm(layer)
+        out = by.linear(post, block.W_out, block.b_out, rules.linear, total)  # type: ignore[arg-type]
+        return self._normalize(by.by_sign(out) if rules.sign else out, block.ln2_post)
+
+    def _hidden(self, read: Split, W: Tensor | None, b: Tensor | None, name: str, layer: int, view: Totals | None) -> Split:
+        """What enters the MLP's nonlinearity."""
+        assert W is not None
+        pre = self._linear(read, W, b, name, layer, view)
+        pre = by.by_sign(pre) if self.rules.sign else pre
+        self._read(name, layer, pre)
+        return pre
 
     def _unembed(self, x: Split | None, view: Totals | None) -> Split | None:
         """The logits, where and of the tokens that are wanted."""
@@ -137,10 +158,13 @@ class Way:
         columns, chosen = (slice(None), None) if of_wanted is None else of_wanted.columns
         b_U, total = (
             None if weights.b_U is None else weights.b_U[columns],
-            None if of_wanted is None else of_wanted.logits(columns),
+            None if of_wanted is None else of_wanted.uncapped_logits(columns),
         )
         read = self._normalize(x, weights.ln_final)
         logits = by.linear(read, weights.W_U[:, columns], b_U, self.rules.linear, total)  # type: ignore[arg-type]
+        if (cap := self.model.config.logit_soft_cap) is not None:
+            capped = None if total is None else self.model.capped(total)
+            logits = by.soft_cap(logits, cap, self.rules.activation, capped)  # type: ignore[arg-type]
         return logits if of_wanted is None else logits.map(partial(of_wanted.as_wanted, chosen=chosen))
 
     def _linear(self, x: Split, W: Tensor, b: Tensor | None, name: str, layer: int, view: Totals | None) -> Split:
@@ -151,8 +175,8 @@ class Way:
     def _normalize(self, x: Split, norm: Norm | None) -> Split:
         if norm is None:
             return x
-        rules = self.rules
-        return by.normalize(x, norm.w, norm.b, self.model.config.norm_eps, rules.norm, rules.linear)  # type: ignore[arg-type]
+        config, rules = self.model.config, self.rules
+        return by.normalize(x, norm.w, norm.b, config.norm_eps, rules.norm, rules.linear, centred=config.centred)  # type: ignore[arg-type]
 
     def _set(self, site: Site, x: Split | None, view: Totals | None) -> Split | None:
         """Where a source acts, its whole deviation from the reference is relevant, also what an earlier source did to it."""
@@ -197,7 +221,7 @@ def _known(x: Split | None, name: str, layer: int, view: Totals | None) -> Split
     return x if x is None or view is None else Split.within(view(name, layer), x.relevant)
 
 
-def _with_prefix(x: Split, before: Float[Tensor, "batch prefix head_index d_head"]) -> Split:
+def _with_prefix(x: Split, before: Float[Tensor, "batch prefix group d_head"]) -> Split:
     """Keys or values joined by those in front of all sources, where nothing is relevant."""
     if before.shape[1] == 0:
         return x

@@ -13,6 +13,7 @@ from mechinterp.decomposition.sources import Named, Reference, Source, mean_refe
 from mechinterp.decomposition.split import Split
 from mechinterp.decomposition.totals import Totals
 from mechinterp.errors import TaskError, UnknownNode, UnknownSite
+from mechinterp.models.config import ModelConfig
 from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.sites import LAYER_SITES, Site, resolve
@@ -40,8 +41,9 @@ def contributions(
 
     ``sources``: parts such as ``"a9.h6"``, ``"a9.h6@14"``, ``"m4"``, ``"input@3"``, or lists of them that are relevant
     together. ``targets``: sites (``"resid_post.5"``, or ``"z"`` for every layer), heads (``"a9.h6"``: its z), their ports
-    (``"a9.h6.q"``), MLPs (``"m4"``: what it writes) or ``"logits"``. A split's relevant part has the axes ``source batch
-    pos ...``; of the logits, with ``ends``, ``source batch token``, for all tokens or those of ``logits_of``.
+    (``"a9.h6.q"``; keys and values that heads share are those of a group, ``"a9.g1.k"``), MLPs (``"m4"``: what it writes) or
+    ``"logits"``. A split's relevant part has the axes ``source batch pos ...``; of the logits, with ``ends``, ``source batch
+    token``, for all tokens or those of ``logits_of``.
 
     ``reference``: what is irrelevant of a source's own activation. Tokens of other prompts of the same template: their mean,
     position by position (Hsu et al.). A mapping from sites to values. None: nothing, so that all of it is relevant.
@@ -96,15 +98,29 @@ def _parts(model: Transformer, target: Target) -> dict[str, tuple[Site, int | No
         target = Node.parse(target)
     if not isinstance(target, Node):
         return {str(site): (site, None) for site in resolve(model.config, [target])}
-    if target.pos is not None or target.kind not in ("head", "mlp", "logits"):
+    config, is_port = model.config, target.kind == "head" or (target.kind == "group" and target.port is not None)
+    if target.pos is not None or not (is_port or target.kind in ("mlp", "logits")):
         raise UnknownNode(
             f"{str(target)!r} cannot be a target. Targets are heads, their ports, MLPs and logits, at all positions."
         )
-    name = {"head": target.port or "z", "mlp": "mlp_out", "logits": "logits"}[target.kind]
-    (site,) = resolve(model.config, [Site(name, target.layer)])
-    if target.index is not None and target.index >= (n_heads := model.config.n_heads):
-        raise UnknownNode(f"{str(target)!r} is not in {model.config.name}, whose heads run 0..{n_heads - 1}.")
+    name = target.port or {"head": "z", "mlp": "mlp_out", "logits": "logits"}[target.kind]
+    (site,) = resolve(config, [Site(name, target.layer)])
+    if is_port:
+        _check_owner(config, target)
     return {str(target): (site, target.index)}
+
+
+def _check_owner(config: ModelConfig, target: Node) -> None:
+    """``UnknownNode`` for a head or group that there is not; keys and values are those of groups where heads share them."""
+    shared = config.is_grouped and target.port in ("k", "v")
+    number, layer, is_group = target.index or 0, target.layer or 0, target.kind == "group"
+    there, kind = (config.n_groups, "groups") if shared and is_group else (config.n_heads, "heads")
+    if number >= there:
+        raise UnknownNode(f"{str(target)!r} is not in {config.name}, whose {kind} run 0..{there - 1}.")
+    if shared != is_group:
+        owner = Node.group(layer, config.group_of(number), target.port) if shared else Node.head(layer, number, target.port)
+        why = "share keys and values" if shared else "have keys and values of their own"
+        raise UnknownNode(f"{str(target)!r} is not in {config.name}, whose heads {why}. Ask for {str(owner)!r}.")
 
 
 def _is_site(text: str) -> bool:

@@ -24,7 +24,7 @@ from mechinterp.decomposition.block import AFTER_HEADS, AFTER_KEYS, LOGITS, Way
 from mechinterp.decomposition.rule_sets import Rules, check_rules
 from mechinterp.decomposition.sources import Reference, Source, Stack
 from mechinterp.decomposition.split import Split
-from mechinterp.decomposition.totals import Totals
+from mechinterp.decomposition.totals import Totals, width
 from mechinterp.errors import ModelError, nearest
 from mechinterp.models.config import ModelConfig
 from mechinterp.models.transformer import Transformer
@@ -102,7 +102,8 @@ def check_targets(config: ModelConfig, sources: Sequence[Source], targets: Colle
                 f"{str(site)!r} cannot be a target. Targets are {', '.join(TARGETS)}.{nearest(site.name, TARGETS)}"
             )
         layer, stage = first.start
-        out_of_reach = ("resid_pre", "q", "k", "v") if stage == 0 else tuple(set(TARGETS) - {"mlp_out", "resid_post"})
+        before_heads = {"resid_pre", "q", "k", "v", "z"} - {config.write_site}
+        out_of_reach = before_heads if stage == 0 else set(TARGETS) - {"mlp_out", "resid_post"}
         if site != LOGITS and ((site.layer or 0) < layer or ((site.layer or 0) == layer and site.name in out_of_reach)):
             raise ModelError(
                 f"the target {str(site)!r} is computed before every source (the first is {first.name!r}), so nothing relevant "
@@ -128,15 +129,17 @@ def _stacks(
 
 
 def _a_source(config: ModelConfig, totals: Totals, targets: frozenset[Site], first: int) -> int:
-    """Bytes at the worst moment of a block (a hidden layer of the MLP three times over, or queries, keys, values, scores),
+    """Bytes at the worst moment of a block (the MLP's hidden layer several times over, or queries, keys, values, scores),
     and what is kept of the targets."""
     n_batch, n_pos = totals.shape
-    heads_wide = config.n_heads * config.d_head
-    widest = 4 * config.d_model + max(3 * (config.d_mlp or 0), 8 * heads_wide + config.n_heads * n_pos)
+    queries, keys = config.n_heads * config.d_head, config.n_groups * config.d_head
+    turned = queries + keys if config.rotary or config.qk_norm != "none" else 0
+    for_every_head = 2 * queries if config.is_grouped else 0
+    scores = (1 if config.attention_soft_cap is None else 3) * config.n_heads * n_pos
+    hidden = (6 if config.gated else 3) * (config.d_mlp or 0)
+    widest = 4 * config.d_model + max(hidden, 4 * (queries + keys) + turned + for_every_head + scores)
+    widest += sum(width(config, site) for site in targets - {LOGITS})
     unembedded = 3 * config.d_vocab if totals.logits_of is None else 0
-    widths = {"q": heads_wide, "k": heads_wide, "v": heads_wide, "z": heads_wide}
-    widths |= {"mlp_pre": config.d_mlp or 0, "mlp_post": config.d_mlp or 0, "logits": 0}
-    widest += sum(widths.get(site.name, config.d_model) for site in targets)
     carried = (n_pos - first) * widest + (n_pos - first if totals.ends is None else 1) * unembedded
     return n_batch * carried * totals.cache["resid_pre", 0].element_size()
 

@@ -7,7 +7,18 @@ What the relevant part of the logits then is:
 * ``"frozen"``: the same with the real attention pattern held, the rule that their code had until September 2024.
 * ``"exact"``: the effect of replacing the source, nothing held. It *is* ablation, and the yardstick of the others.
 * ``"held"``: that effect with norm scales and attention patterns held.
-* ``"linear"``: relevance patching (Jafari et al. 2025): scales, patterns and slopes held, so that sources add up.
+* ``"linear"``: relevance patching (Jafari et al. 2025): scales, patterns and slopes held and half of a gated product
+  given to each factor, so that sources add up.
+
+What families are made of, and the rule that it goes by. In every family the parts of every set add up to the forward pass,
+and ``"exact"`` is ablation:
+
+* *LayerNorm, RMSNorm*: ``norm``. So are normalised queries and keys, by head or all together (Qwen3, OLMo-2), and what
+  heads or an MLP write (Gemma-2, OLMo-2), where the heads of a layer have one scale.
+* *Rotary positions, a scale of the embedding, keys and values that heads share*: linear, so both parts go through.
+* *Windows, ALiBi, soft-capped scores*: as the causal mask, in every softmax that ``attention`` takes.
+* *Gated MLPs*: ``activation`` for the gate, ``gate`` for its product with the other factor.
+* *Soft-capped logits*: ``activation``, as any other nonlinearity.
 
 Which is best: on the built-in model's four tasks, head scores by ``"tail"`` correlate with the total effect of mean
 ablation by .90 to 1.00 (Pearson; Spearman .76 to .95), by ``"frozen"`` .45 to .89 (.44 to .91), and by ``"paper"`` .43 to
@@ -28,8 +39,8 @@ from mechinterp.models.config import ModelConfig
 @dataclass(frozen=True)
 class Rules:
     """Which alternative each rule takes: see ``rules.py``. ``sign``: whether ``by_sign`` follows the MLP's two products
-    and the layer's sum, as in the published code (whose attention-only model has no such rule, so neither has ours). ``gate``
-    is for gated MLPs, which the engine does not run yet.
+    (of a gated MLP: three) and the layer's sum, as in the published code (whose attention-only model has no such rule, so
+    neither has ours). ``gate`` is for gated MLPs.
 
     ``ModelError`` for an alternative that there is not.
     """

@@ -9,14 +9,18 @@ it and costs nothing. Without one (``total=None``) both parts are computed, as t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.decomposition.split import Split, share
-from mechinterp.models.attention import mix
+from mechinterp.models import attention
+from mechinterp.models.attention import Heads, mix
+from mechinterp.models.rotary import rotate
+from mechinterp.models.weights import Norm
 
 Bias = Literal["share", "irrelevant"]
 NormRule = Literal["held", "own"]
@@ -25,8 +29,6 @@ ActivationRule = Literal["irrelevant", "relevant", "ratio", "middle"]
 GateRule = Literal["half", "irrelevant"]
 
 SLOPE_AT_ZERO = {"gelu_new": 0.5, "gelu": 0.5, "relu": 0.0, "silu": 0.5}  # of f(x) / x; ReLU's as its derivative is set
-
-Heads = Float[Tensor, "*source batch pos head_index d_head"]
 
 
 def linear(
@@ -95,16 +97,37 @@ def normalize(
     return Split(relevant, irrelevant if b is None else irrelevant + (b if given is None else b - given))
 
 
+def written(z: Split, W_O: Float[Tensor, "z d_model"], eps: float, rule: NormRule = "held") -> Split:
+    """What heads gathered as they write it, where their sum ``z W_O`` is RMS-normalised: divided by its scale.
+
+    The norm rules of ``normalize``, with one scale for all heads of a layer: ``"held"`` takes that of the whole ``z`` for
+    a constant, with ``"own"`` the irrelevant part has the scale of what it would write alone.
+    """
+
+    def scale(part: Tensor) -> Tensor:
+        return _scale(_product(part.flatten(-2), W_O), eps, centred=False).unsqueeze(-1)
+
+    sigma = scale(z.total)
+    if rule == "held":
+        return z.map(lambda part: part / sigma)
+    whole, irrelevant = z.total / sigma, z.irrelevant / scale(z.irrelevant)
+    return Split(whole - irrelevant, irrelevant) if z.carries_both else Split.within(whole, whole - irrelevant)
+
+
 def attend(
     q: Split,
     k: Split,
     v: Split,
-    scale: float,
-    seen: Bool[Tensor, "#batch 1 query_pos key_pos"] | None,
+    heads: Heads,
     rule: AttentionRule = "irrelevant",
+    norm: NormRule = "held",
     total: Float[Tensor, "batch query_pos head_index d_head"] | None = None,
 ) -> Split:
-    """``z = softmax(q k^T * scale) v``, under the mask ``seen`` (None: every key is seen).
+    """``z = softmax(scores) v``, from queries, keys and values as they are projected.
+
+    Queries and keys that the model normalises go by the rule ``norm``, in which a constant scale leaves them linear as
+    turning is. What else ``heads`` says of the scores (a soft cap, distances, a window) holds in every softmax. A key or
+    value that heads share is split once, for all of them.
 
     * ``"relevant"`` (paper, eq. 6 to 15, and the code since September 2024): ``β' = softmax(β_q β_k) β_v``. All cross
       terms, also what a relevant value does under the real pattern, are irrelevant. A source at a single position has
@@ -114,13 +137,17 @@ def attend(
     * ``"middle"``: the mean of the first and the third.
     """
     if rule == "held":
-        return gather(_pattern(q.total, k.total, scale, seen), v, total)
-    whole = mix(q.total, k.total, v.total, scale, seen) if total is None else total
+        pattern = heads.scores(heads.turn_q(q.total), heads.turn_k(k.total)).softmax(-1)
+        return gather(pattern, v.map(heads.for_every_head), total)
+    is_triangle = q.total.shape[-3] == k.total.shape[-3]
+    q = _comparable(q, heads.q_norm, heads.queries, heads, norm)
+    k = _comparable(k, heads.k_norm, torch.arange(k.total.shape[-3], device=heads.queries.device)[None], heads, norm)
+    whole = mix(q.total, k.total, v.total, heads, is_triangle=is_triangle) if total is None else total
     found = []
     if rule in ("relevant", "middle"):
-        found.append(mix(q.relevant, k.relevant, v.relevant, scale, seen))
+        found.append(mix(q.relevant, k.relevant, v.relevant, heads, is_triangle=is_triangle))
     if rule in ("irrelevant", "middle"):
-        found.append(whole - mix(q.irrelevant, k.irrelevant, v.irrelevant, scale, seen))
+        found.append(whole - mix(q.irrelevant, k.irrelevant, v.irrelevant, heads, is_triangle=is_triangle))
     relevant = found[0] if len(found) == 1 else (found[0] + found[1]) / 2
     return Split(relevant, whole - relevant if total is None else None, total)
 
@@ -179,7 +206,7 @@ def gate(a: Split, u: Split, rule: GateRule = "irrelevant", total: Tensor | None
 
 def soft_cap(x: Split, cap: float, rule: ActivationRule = "irrelevant", total: Tensor | None = None) -> Split:
     """``cap * tanh(x / cap)``, as Gemma-2 caps its logits: an activation like any other, of slope 1 at 0."""
-    return activate(x, lambda part: cap * torch.tanh(part / cap), rule, 1.0, total)
+    return activate(x, partial(attention.soft_cap, cap=cap), rule, 1.0, total)
 
 
 def by_sign(x: Split) -> Split:
@@ -203,6 +230,13 @@ def _scale(x: Tensor, eps: float, centred: bool) -> Tensor:
     return (x.square().mean(-1, keepdim=True) + eps).sqrt_()
 
 
-def _pattern(q: Heads, k: Heads, scale: float, seen: Tensor | None) -> Tensor:
-    scores = torch.einsum("...qhd,...khd->...hqk", q, k) * scale
-    return (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
+def _comparable(x: Split, norm: Norm | None, positions: Int[Tensor, "#batch pos"], heads: Heads, rule: NormRule) -> Split:
+    """Queries or keys as they meet: normalised, a head at a time or all together, and turned by their positions."""
+    config = heads.config
+    if norm is not None:
+        n_heads, together = x.relevant.shape[-2], config.qk_norm == "all"
+        x = x.map(lambda part: part.flatten(-2)) if together else x
+        x = normalize(x, norm.w, None, config.norm_eps, rule, centred=False)
+        x = x.map(lambda part: part.unflatten(-1, (n_heads, -1))) if together else x
+    rotary = config.rotary_of(heads.layer)
+    return x if rotary is None else x.map(lambda part: rotate(part, positions, rotary))

@@ -1,8 +1,9 @@
 """What is called relevant: a source is a set of parts of the model, each at all positions or at one a prompt.
 
 A part's relevant activation is its deviation from a *reference*: what it did minus what it would do without the prompt's
-information (a mean over other prompts, another prompt's value, zero). For a head that is ``z - μ``, as in the paper; for
-an MLP the same at its output, for a token at its embedding.
+information (a mean over other prompts, another prompt's value, zero). For a head that is ``z - μ``, as in the paper (or,
+where a model normalises what heads write, the same of ``z_written``); for an MLP it is at its output, for a token at its
+embedding.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,11 +97,12 @@ def resolve_reference(
     value, and for another shape.
     """
     config, found = model.config, {}
-    wide = {"z": (config.n_heads, config.d_head)}
+    wide = {config.write_site: (config.n_heads, config.d_head)}
     for key, value in reference.items():
         (site,) = resolve(config, [key])
-        if site != INPUT and site.name not in ("z", "mlp_out"):
-            raise ModelError(f"no source is set at {str(site)!r}. References are of {INPUT}, z and mlp_out, by layer.")
+        if site != INPUT and site.name not in (config.write_site, "mlp_out"):
+            known = f"{INPUT}, {config.write_site} and mlp_out, by layer"
+            raise ModelError(f"no source is set at {str(site)!r}. References for {config.name} are of {known}.")
         shape = (n_pos, *wide.get(site.name, (config.d_model,)))
         if tuple(value.shape[1:]) != shape or value.shape[0] not in (1, n_batch):
             raise ModelError(
@@ -109,9 +111,9 @@ def resolve_reference(
             )
         found[site] = value.to(model.device, model.dtype)
     for source in sources:
-        if missing := [node for node in source.nodes if site_of(node) not in found]:
+        if missing := [site for node in source.nodes if (site := site_of(config, node)) not in found]:
             raise ModelError(
-                f"the reference has no value at {str(site_of(missing[0]))!r} for the source {source.name!r}. Add it (zeros, if "
+                f"the reference has no value at {str(missing[0])!r} for the source {source.name!r}. Add it (zeros, if "
                 "nothing of it is irrelevant), or give no reference at all."
             )
     return found
@@ -134,8 +136,8 @@ class Stack:
         found: dict[Site, Tensor] = {}
         for row, source in enumerate(self.sources):
             for node in source.nodes:
-                site = site_of(node)
-                heads = (self.config.n_heads,) if site.name == "z" else ()
+                site = site_of(self.config, node)
+                heads = (self.config.n_heads,) if node.kind == "head" else ()
                 shape = (len(self.sources), self.n_batch, self.n_pos, *heads)
                 mask = found.setdefault(site, torch.zeros(shape, dtype=torch.bool))
                 mask = mask[row] if node.kind != "head" else mask[row, :, :, node.index]
@@ -143,11 +145,11 @@ class Stack:
         return {site: mask[:, :, self.first :].to(self.device) for site, mask in found.items()}
 
 
-def site_of(node: Node) -> Site:
+def site_of(config: ModelConfig, node: Node) -> Site:
     """Where a source is set."""
     if node.kind == "input":
         return INPUT
-    return Site("z" if node.kind == "head" else "mlp_out", node.layer)
+    return Site(config.write_site if node.kind == "head" else "mlp_out", node.layer)
 
 
 def mean_reference(
@@ -168,7 +170,7 @@ def mean_reference(
             f"the reference prompts end at positions {int(ends.min())} to {int(ends.max())}, so a position does not mean the "
             "same in all of them. Take means over prompts of one length, template by template."
         )
-    names = ["resid_pre.0", "z", *(["mlp_out"] if model.config.has_mlp else [])]
+    names = ["resid_pre.0", model.config.write_site, *(["mlp_out"] if model.config.has_mlp else [])]
     with torch.no_grad():
         _, cache = model.run(tokens.to(model.device), record=names, logits_at="last", logits_of=tokens[:, :0].to(model.device))
     return {site: value.mean(0, keepdim=True) for site, value in cache.items()}

@@ -1,19 +1,24 @@
 """One clean pass, in which every activation is known: the totals that all splits are splits of."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import ModelError
+from mechinterp.models.config import ModelConfig
+from mechinterp.models.normalization import normalize
 from mechinterp.models.transformer import Transformer
 from mechinterp.sites import Site, all_sites
 from mechinterp.store import ActivationStore
 
-_NAMES = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
+_NAMES = (
+    *("resid_pre", "q", "k", "v", "z", "z_written", "attn_out", "resid_mid"),
+    *("mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,8 @@ class Totals:
     @staticmethod
     def size_of_a_token(model: Transformer) -> int:
         """Bytes that a pass keeps of each token (patterns not counted)."""
-        config = model.config
-        a_layer = 5 * config.d_model + 4 * config.n_heads * config.d_head + 2 * (config.d_mlp or 0)
-        return config.n_layers * a_layer * model.weights.W_E.element_size()
+        kept = (width(model.config, site) for site in all_sites(model.config) if site.name in _NAMES)
+        return sum(kept) * model.weights.W_E.element_size()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,7 +92,7 @@ class Totals:
         """The same pass, looked at where logits are wanted."""
         return self if self.ends is None else replace(self, at_end=True)
 
-    def before(self, name: str, layer: int) -> Float[Tensor, "batch prefix head_index d_head"]:
+    def before(self, name: str, layer: int) -> Float[Tensor, "batch prefix group d_head"]:
         """Keys or values in front of ``first``, where nothing is relevant."""
         return self._all(name, layer)[:, : self.first]
 
@@ -101,20 +105,27 @@ class Totals:
         rows = self._all("pattern", layer)[:, :, self.first :, self.first :]
         return self.here(rows.transpose(1, 2)).transpose(1, 2)
 
-    def logits(self, columns: slice | Int[Tensor, "column"] = slice(None)) -> Float[Tensor, "batch pos column"]:
+    def mlp_out_before_its_norm(self, layer: int) -> Float[Tensor, "batch here d_model"]:
+        """What an MLP writes; where that is normalised, computed again as it was before."""
+        block = self.model.weights.blocks[layer]
+        if block.ln2_post is None or block.W_out is None:
+            return self("mlp_out", layer)
+        out = self("mlp_post", layer) @ block.W_out
+        return out if block.b_out is None else out + block.b_out
+
+    def uncapped_logits(self, columns: slice | Int[Tensor, "column"] = slice(None)) -> Float[Tensor, "batch pos column"]:
         """Of the positions looked at, for some tokens or all."""
-        weights, stream = self.model.weights, self("resid_post", self.model.config.n_layers - 1)
-        if (norm := weights.ln_final) is not None:
-            stream = F.layer_norm(stream, stream.shape[-1:], norm.w, norm.b, self.model.config.norm_eps)
-        logits = stream @ weights.W_U[:, columns]
-        return logits if weights.b_U is None else logits + weights.b_U[columns]
+        model = self.model
+        stream = normalize(self("resid_post", model.config.n_layers - 1), model.weights.ln_final, model.config)
+        logits = stream @ model.weights.W_U[:, columns]
+        return logits if model.weights.b_U is None else logits + model.weights.b_U[columns]
 
     def target(self, site: Site) -> Float[Tensor, "batch *axes"]:
         """The total of what can be a target, as far as it is wanted."""
         if site.layer is not None:
             return self(site.name, site.layer)
         columns, chosen = self.columns
-        return self.as_wanted(self.narrowed().logits(columns), chosen)
+        return self.as_wanted(self.model.capped(self.narrowed().uncapped_logits(columns)), chosen)
 
     @property
     def columns(self) -> tuple[slice | Int[Tensor, "column"], Int[Tensor, "batch candidate"] | None]:
@@ -137,6 +148,12 @@ class Totals:
     def _rows(self) -> tuple[Tensor, Tensor]:
         assert self.ends is not None
         return torch.arange(len(self.ends), device=self.ends.device), self.ends - self.first
+
+
+def width(config: ModelConfig, site: Site) -> int:
+    """How many numbers a token has at a site of the stream, of heads or of an MLP."""
+    sizes = {"d_model": config.d_model, "head_index": config.n_heads, "group": config.n_groups, "d_head": config.d_head}
+    return math.prod((sizes | {"d_mlp": config.d_mlp or 0})[axis] for axis in site.axes.split()[2:])
 
 
 def _check(tokens: Tensor, ends: Tensor | None, logits_of: Tensor | None, d_vocab: int) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -77,21 +78,34 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of ``ids``. ``after``: the ids before them, where they are not the beginning of a text (``strings``)."""
+        whole = self.backend.decode([*after, *ids] if self._puts_space_first else list(ids), skip_special_tokens=False)
+        return whole[len(self.decode(after)) :] if after and self._puts_space_first else whole
 
     def strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token as text of its own, for labels and tables."""
-        return [self.decode([int(i)]) for i in ids]
+        """Each token as it stands inside of a text, leading space included, for labels and tables."""
+        front = self.spans("a")[0]
+        return [self.decode([int(i)], after=front) for i in ids]
 
     def single(self, word: str) -> int | None:
-        """The id of ``word`` if it is exactly one known token (mind the leading space), else None.
+        """The id of ``word`` if inside of a text it is exactly one known token (mind the leading space), else None.
 
-        >>> load("builtin").tokenizer.single(" Mary") is not None    # doctest: +SKIP
+        >>> from mechinterp.models.load import load
+        >>> load("builtin").tokenizer.single(" Mary") is not None
         True
         """
-        ids = self.spans(word)[0]
-        return ids[0] if len(ids) == 1 and self.decode(ids) == word else None
+        front = "\n" if self._puts_space_first else ""  # merges with nothing that follows
+        ids = self.spans(front + word)[0][len(self.spans(front)[0]) :]
+        return ids[0] if len(ids) == 1 and self.strings(ids) == [word] else None
+
+    @cached_property
+    def _puts_space_first(self) -> bool:
+        """SentencePiece's tokenizers (Llama 2, Mistral) begin a text with a space of their own, and take it off again.
+
+        So the token of " Mary" is, at the beginning of a text, that of "Mary".
+        """
+        return self.backend.encode("a", add_special_tokens=False).tokens[:1] in (["▁"], ["▁a"])
 
     def _bos(self) -> int:
         if self.bos_id is None:

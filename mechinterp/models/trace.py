@@ -12,7 +12,7 @@ from mechinterp.sites import Site, resolve
 Patch = Callable[[Tensor, ActivationCache], Tensor]
 
 # In the last layer, these need every position even if logits are wanted at one: later positions attend to them.
-_BEFORE_QUERIES = {"resid_pre", "k_input", "v_input", "ln1_scale", "ln1_normalized", "k", "v"}
+_BEFORE_QUERIES = {"resid_pre", "k_input", "v_input", "ln1_scale", "ln1_normalized", "k", "v", "rot_k"}
 
 
 class Trace:
@@ -85,4 +85,9 @@ class Trace:
                 raise ModelError(
                     f"{name} and a per-head input ({name[:3]}: q_input, k_input, v_input) of layer {layer} cannot be used in "
                     "one pass: ports with an input of their own have a normalisation of their own. Patch q, k or v instead."
+                )
+            if name == "result" and ("z_written", layer) in self._touched:
+                raise ModelError(
+                    f"'result' and 'z_written' of layer {layer} cannot be used in one pass: what heads write is computed from "
+                    "one of them. Patch 'z_written' alone, or 'result' alone."
                 )

@@ -8,7 +8,6 @@ lookup. What nobody asks for (attention patterns, per-head inputs, per-head resu
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,38 +16,21 @@ from torch import Tensor
 
 from mechinterp.cache import ActivationCache
 from mechinterp.errors import ModelError
-from mechinterp.models.attention import Prefix, attend
+from mechinterp.models.attention import Heads, Prefix, attend, soft_cap
 from mechinterp.models.config import ModelConfig
+from mechinterp.models.ends import LogitsAt, ResidualStart, at_ends, ends_of
+from mechinterp.models.normalization import centre, gained, normalize, scale_of
 from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.models.trace import Patch, Trace
 from mechinterp.models.weights import Norm, Weights
 from mechinterp.sites import Site, resolve
 
-LogitsAt = Literal["all", "last"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
 }
-_ENTRANCES = ("resid_pre", "resid_mid", "resid_post")
-
-
-@dataclass(frozen=True)
-class ResidualStart:
-    """Begin a pass at ``site`` (``resid_pre``, ``resid_mid`` or ``resid_post`` of a layer) with this residual stream.
-
-    With a ``prefix``, ``value`` holds only the positions after it, and attention reads the prefix's keys and values:
-    what clean and corrupted prompts share is then never computed again.
-    """
-
-    site: Site
-    value: Float[Tensor, "batch pos d_model"]
-    prefix: Prefix | None = None
-
-    def __post_init__(self):
-        if self.site.name not in _ENTRANCES or self.site.layer is None:
-            raise ModelError(f"a pass can start at {', '.join(_ENTRANCES)} of a layer, not at {str(self.site)!r}.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ class Transformer:
             resolve(self.config, [start.site])
             trace.refuse_before(start.site)
         resid = self._embed(tokens, trace) if start is None else start.value.to(self.dtype)
-        ends = _ends(logits_at, resid, prefix)
+        ends = ends_of(logits_at, resid, prefix)
         first, entrance = (0, "resid_pre") if start is None else (start.site.layer or 0, start.site.name)
         last = self.config.n_layers - 1
         narrow = ends is not None and not trace.looks_past_keys(last)
@@ -111,7 +93,7 @@ class Transformer:
             entrance = "resid_pre"
         if narrow:
             ends = None
-        resid = resid if ends is None else _at(resid, ends)
+        resid = resid if ends is None else at_ends(resid, ends)
         everywhere = isinstance(logits_at, str) and logits_at == "all"
         if logits_of is not None:
             return self._unembed_some(resid, logits_of, everywhere, trace), trace.cache
@@ -131,19 +113,24 @@ class Transformer:
                 f"{self.config.name} knows {known} tokens, 0 to {known - 1}; these run from {int(tokens.min())} to "
                 f"{int(tokens.max())}. Were they made with another model's tokenizer?"
             )
-        embed = trace("embed", None, F.embedding(tokens, self.weights.W_E))
+        embed = F.embedding(tokens, self.weights.W_E)
+        if (scale := self.config.embed_scale) is not None:
+            embed = embed * torch.tensor(scale, dtype=embed.dtype)  # rounded first in half precision, as it was trained
+        embed = trace("embed", None, embed)
+        if self.weights.W_pos is None:
+            return embed
         positions = self.weights.W_pos[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
         return embed + trace("pos_embed", None, positions)
 
     def _layer(self, layer, resid, entrance, trace: Trace, prefix: Prefix | None, only: Tensor | None):
         """One block, entered at ``entrance``; with ``only``, what follows keys and values is done at one position a prompt."""
         if only is not None and entrance != "resid_pre":
-            resid = _at(resid, only)
+            resid = at_ends(resid, only)
         stream = resid
         if entrance == "resid_pre":
             resid = trace("resid_pre", layer, resid)
             attn_out = self._attention(layer, resid, trace, prefix, only)
-            stream = resid if only is None else _at(resid, only)
+            stream = resid if only is None else at_ends(resid, only)
             resid = stream + attn_out
             if self.config.has_mlp and not self.config.parallel:
                 entrance = "resid_mid"
@@ -165,21 +152,36 @@ class Transformer:
     def project_some(
         self, layer: int, ports: Int[Tensor, "pair"], streams: Float[Tensor, "pair row d_model"]
     ) -> Float[Tensor, "pair row d_head"]:
-        """What single ports make of streams of their own: head ``port % n_heads``'s query, key or value, by thirds."""
-        read = self._normalize(streams, self.weights.blocks[layer].ln1, None, layer, Trace(self.weights))
-        W, b = (x.flatten(0, 1)[ports] for x in (self.weights.projection(layer), self.weights.projection_bias(layer)))
-        return torch.baddbmm(b.unsqueeze(1), read, W)
+        """What single ports make of streams of their own; ports as in ``weights.ports``: queries, then keys, then values."""
+        read = normalize(streams, self.weights.blocks[layer].ln1, self.config)
+        return torch.baddbmm(self.weights.port_biases(layer)[ports].unsqueeze(1), read, self.weights.ports(layer)[ports])
 
     def mix(
         self,
         layer: int,
         q: Float[Tensor, "batch query_pos head_index d_head"],
-        k: Float[Tensor, "batch key_pos head_index d_head"],
-        v: Float[Tensor, "batch key_pos head_index d_head"],
+        k: Float[Tensor, "batch key_pos group d_head"],
+        v: Float[Tensor, "batch key_pos group d_head"],
         prefix: Prefix | None = None,
     ) -> Float[Tensor, "batch query_pos head_index d_head"]:
-        """What a layer's heads gather, ``z``, from given queries, keys and values. Heads do not see each other here."""
+        """What a layer's heads gather, ``z``, from queries, keys and values as ``project`` gives them.
+
+        Heads do not see each other here, but for a normalisation over all of a layer's queries (``qk_norm="all"``).
+        """
         return self._mix(layer, q, k, v, Trace(self.weights), prefix, None)
+
+    def written(
+        self, layer: int, z: Float[Tensor, "*batch pos head_index d_head"]
+    ) -> Float[Tensor, "*batch pos head_index d_head"]:
+        """``z`` as it is written, so that ``written(z) W_O`` are the heads' writes (``weights.W_O``).
+
+        It is ``z`` itself, or ``z`` divided by the scale of the layer's normalisation after attention: the scale of what
+        *all* heads of ``z`` gathered together.
+        """
+        if not self.config.has_norms_after:
+            return z
+        block = self.weights.blocks[layer]
+        return z / scale_of(z.flatten(-2) @ block.W_O, self.config).unsqueeze(-1)
 
     def feed_forward(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What a layer's MLP writes on reading ``stream``."""
@@ -190,13 +192,21 @@ class Transformer:
         q, k, v = (trace(p, layer, x) for p, x in zip("qkv", self._ports(layer, resid, trace, only), strict=True))
         z = trace("z", layer, self._mix(layer, q, k, v, trace, prefix, only))
         if trace.touches("result", layer):
-            result = torch.einsum("bphd,hdm->bphm", z, self.weights.W_O(layer))
-            attn_out = trace("result", layer, result).sum(2) + block.b_O
+            raw = torch.einsum("bphd,hdm->bphm", z, block.W_O.unflatten(0, z.shape[2:]))
+            out = trace("result", layer, raw).sum(2) + block.b_O
         else:
-            attn_out = _affine(z.flatten(2), block.W_O, block.b_O)
-        return trace("attn_out", layer, attn_out)
+            out = _affine(z.flatten(2), block.W_O, block.b_O)
+        if block.ln1_post is not None and trace.touches("z_written", layer):
+            scale = trace("ln1_post_scale", layer, scale_of(out, self.config))
+            out = _affine(trace("z_written", layer, z / scale.unsqueeze(-1)).flatten(2), block.W_O, None)
+            out = gained(trace("ln1_post_normalized", layer, out), block.ln1_post.w, None)
+        else:
+            out = self._normalize(out, block.ln1_post, "ln1_post", layer, trace)
+        return trace("attn_out", layer, out)
 
     def _mix(self, layer, q, k, v, trace: Trace, prefix, only):
+        first = 0 if prefix is None else prefix.length
+        queries = torch.arange(first, first + q.shape[1], device=q.device)[None] if only is None else only[:, None] + first
         if prefix is not None:
             if not self.config.causal:
                 raise ModelError(
@@ -204,27 +214,29 @@ class Transformer:
                     "take keys and values of a prefix from another pass. Start without a prefix."
                 )
             k, v = prefix.extend(layer, k, v)
-        return attend(q, k, v, self.config.scale, self.config.causal, only, prefix, trace, layer)
+        heads = Heads.of(self.weights, layer, queries)
+        return attend(q, k, v, heads, trace, is_triangle=only is None and prefix is None)
 
     def _ports(self, layer, resid, trace: Trace, only):
         """Queries, keys and values. A port whose ``*_input`` is touched reads a residual stream of its own per head."""
-        block, (H, D) = self.weights.blocks[layer], (self.config.n_heads, self.config.d_head)
+        block, config = self.weights.blocks[layer], self.config
+        D, sizes = config.d_head, (config.n_heads, config.n_groups, config.n_groups)
         split = [trace.touches(f"{port}_input", layer) for port in "qkv"]
         if not all(split) or trace.touches("ln1_scale", layer) or trace.touches("ln1_normalized", layer):
             x = self._normalize(resid, block.ln1, "ln1", layer, trace)
         if not any(split) and only is None:
-            return _affine(x, block.W_QKV, block.b_QKV).unflatten(-1, (3, H, D)).unbind(2)
-        ports = []
-        for i, port in enumerate("qkv"):
-            if split[i]:
-                streams = trace(f"{port}_input", layer, resid.unsqueeze(2).expand(-1, -1, H, -1))
-                own = self._normalize(streams, block.ln1, None, layer, trace)
-                W, b = self.weights.projection(layer)[i], self.weights.projection_bias(layer)[i]
-                ports.append(torch.einsum("bphm,hmd->bphd", own, W) + b)
+            return _affine(x, block.W_QKV, block.b_QKV).unflatten(-1, (-1, D)).split(sizes, dim=2)
+        ports, first = [], 0
+        for is_split, port, n in zip(split, "qkv", sizes, strict=True):
+            if is_split:
+                streams = trace(f"{port}_input", layer, resid.unsqueeze(2).expand(-1, -1, n, -1))
+                W, b = (x[first : first + n] for x in (self.weights.ports(layer), self.weights.port_biases(layer)))
+                ports.append(torch.einsum("bphm,hmd->bphd", normalize(streams, block.ln1, config), W) + b)
             else:
-                read = _at(x, only) if only is not None and port == "q" else x
-                columns = slice(i * H * D, (i + 1) * H * D)
-                ports.append(_affine(read, block.W_QKV[:, columns], block.b_QKV[columns]).unflatten(-1, (H, D)))
+                read = at_ends(x, only) if only is not None and port == "q" else x
+                columns = slice(first * D, (first + n) * D)
+                ports.append(_affine(read, block.W_QKV[:, columns], block.b_QKV[columns]).unflatten(-1, (n, D)))
+            first += n
         return ports
 
     def _mlp(self, layer, stream, trace: Trace) -> Float[Tensor, "batch pos d_model"]:
@@ -233,13 +245,22 @@ class Transformer:
             # A view of its own, so that its gradient is this reader's alone and not the whole stream's.
             stream = trace("mlp_in", layer, stream.view_as(stream))
         x = self._normalize(stream, block.ln2, "ln2", layer, trace)
-        pre = trace("mlp_pre", layer, _affine(x, block.W_in, block.b_in))
-        post = trace("mlp_post", layer, ACTIVATIONS[self.config.activation](pre))
-        return trace("mlp_out", layer, _affine(post, block.W_out, block.b_out))
+        activate = ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            pre = trace("mlp_pre", layer, _affine(x, block.W_gate, block.b_gate))
+            post = activate(pre) * trace("mlp_pre_linear", layer, _affine(x, block.W_in, block.b_in))
+        else:
+            post = activate(trace("mlp_pre", layer, _affine(x, block.W_in, block.b_in)))
+        out = _affine(trace("mlp_post", layer, post), block.W_out, block.b_out)
+        return trace("mlp_out", layer, self._normalize(out, block.ln2_post, "ln2_post", layer, trace))
 
     def _unembed(self, resid, trace: Trace) -> Float[Tensor, "batch pos d_vocab"]:
         x = self._normalize(resid, self.weights.ln_final, "ln_final", None, trace)
-        return trace("logits", None, _affine(x, self.weights.W_U, self.weights.b_U))
+        return trace("logits", None, self.capped(_affine(x, self.weights.W_U, self.weights.b_U)))
+
+    def capped(self, logits: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+        """Logits as the model gives them: soft-capped where it does so."""
+        return logits if (cap := self.config.logit_soft_cap) is None else soft_cap(logits, cap)
 
     def _unembed_some(self, resid, tokens, everywhere: bool, trace: Trace) -> Float[Tensor, "batch candidate"]:
         if everywhere or trace.touches("logits", None):
@@ -249,42 +270,15 @@ class Transformer:
         x = self._normalize(resid, self.weights.ln_final, "ln_final", None, trace)
         columns, where = tokens.unique(return_inverse=True)  # stacked variants ask for the same few tokens again and again
         logits = _affine(x, self.weights.W_U[:, columns], None if self.weights.b_U is None else self.weights.b_U[columns])
-        return logits.squeeze(1).gather(1, where)
+        return self.capped(logits.squeeze(1).gather(1, where))
 
-    def _normalize(self, x, norm: Norm | None, name: str | None, layer, trace: Trace):
-        """LayerNorm. ``name`` is None for a port's own stream, which shares no site with the others."""
-        if norm is None:
-            return x
-        if name is None or not (trace.touches(f"{name}_scale", layer) or trace.touches(f"{name}_normalized", layer)):
-            return F.layer_norm(x, x.shape[-1:], norm.w, norm.b, self.config.norm_eps)
-        centred = x - x.mean(-1, keepdim=True)
-        scale = trace(f"{name}_scale", layer, (centred.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt())
-        normalized = trace(f"{name}_normalized", layer, centred / scale)
-        gained = normalized if norm.w is None else normalized * norm.w
-        return gained if norm.b is None else gained + norm.b
+    def _normalize(self, x, norm: Norm | None, name: str, layer, trace: Trace):
+        if norm is None or not (trace.touches(f"{name}_scale", layer) or trace.touches(f"{name}_normalized", layer)):
+            return normalize(x, norm, self.config)
+        scale = trace(f"{name}_scale", layer, scale_of(x, self.config))
+        return gained(trace(f"{name}_normalized", layer, centre(x, self.config) / scale), norm.w, norm.b)
 
 
 def _affine(x: Float[Tensor, "batch pos d_in"], W: Float[Tensor, "d_in d_out"], b: Tensor | None):
     flat = x.flatten(0, 1)
     return (flat @ W if b is None else torch.addmm(b, flat, W)).unflatten(0, x.shape[:2])
-
-
-def _ends(logits_at, resid: Tensor, prefix: Prefix | None) -> Int[Tensor, "batch"] | None:
-    """The position of each prompt at which logits are wanted, as an index into ``resid``; None for all."""
-    if isinstance(logits_at, Tensor):
-        offset = prefix.length if prefix else 0
-        if not offset <= int(logits_at.min()) <= int(logits_at.max()) < offset + resid.shape[1]:
-            raise ModelError(
-                f"logits are wanted at positions {int(logits_at.min())}..{int(logits_at.max())}; "
-                f"this pass computes {offset} to {offset + resid.shape[1] - 1}."
-            )
-        return logits_at.to(resid.device) - offset
-    if logits_at == "last":
-        return torch.full((resid.shape[0],), resid.shape[1] - 1, device=resid.device)
-    if logits_at == "all":
-        return None
-    raise ModelError(f"logits_at takes 'all', 'last' or one position a prompt, not {logits_at!r}.")
-
-
-def _at(x: Float[Tensor, "batch pos d"], ends: Int[Tensor, "batch"]) -> Float[Tensor, "batch 1 d"]:
-    return x[torch.arange(len(x), device=x.device), ends].unsqueeze(1)

@@ -57,9 +57,11 @@ def is_the_plain_loop(model, task, threshold, *, signed=True, **settings) -> np.
     return kept
 
 
-@pytest.fixture(scope="module")
-def small(make_model):
-    return make_model(n_layers=2, n_heads=2)
+@pytest.fixture(scope="module", params=["plain", "olmo2"])
+def small(request, make_model):
+    """Heads by themselves, and heads that share everything that heads can share."""
+    groups = {"n_key_value_heads": 1} if request.param == "olmo2" else {}
+    return make_model(request.param, n_layers=2, n_heads=2, **groups)
 
 
 def test_the_loop_itself_run_once(make_model, make_task):
@@ -79,10 +81,9 @@ def test_the_loop_itself_run_once(make_model, make_task):
     assert 0 < kept.sum() < len(kept)
 
 
-@pytest.mark.parametrize("threshold", [1e-4, 1e-3])
-def test_costs_and_circuit_are_those_of_the_plain_loop(model, make_task, threshold):
-    kept = is_the_plain_loop(model, make_task(model), threshold)
-    assert kept.sum() < len(kept)
+def test_costs_and_circuit_are_those_of_the_plain_loop(model, make_task):
+    kept = is_the_plain_loop(model, make_task(model), 1e-3)
+    assert 0 < kept.sum() < len(kept)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +100,11 @@ def test_costs_and_circuit_are_those_of_the_plain_loop(model, make_task, thresho
     ids=str,
 )
 def test_every_setting_is_that_of_the_plain_loop(small, make_task, settings):
-    kept = is_the_plain_loop(small, make_task(small, "prob_diff"), 3e-4, **settings)
+    kept = is_the_plain_loop(small, make_task(small, "prob_diff"), 1e-3, **settings)
     assert 0 < kept.sum() < len(kept)
 
 
-@pytest.mark.parametrize("variant", ["plain", "attention_only", "parallel"])
+@pytest.mark.parametrize("variant", ["plain", "attention_only", "parallel", "mpt"])
 def test_models_of_one_head_and_prompts_that_differ_from_the_start_are_no_exception(make_model, make_task, variant):
     model = make_model(variant, n_layers=2, n_heads=1)
     is_the_plain_loop(model, make_task(model, changed=(0, 5)), 1e-3)

@@ -36,6 +36,14 @@ def test_parts_of_named_edges_are_the_positives_of_the_node_level():
     assert ranking(scores_of(wiring, nodes, "node"), known).auroc == 1
 
 
+def test_a_shared_value_makes_those_heads_positives_that_the_known_edges_use():
+    wiring = Wiring(2, 4, n_key_value_heads=2)
+    scores = scores_of(wiring, np.arange(wiring.n_edges, dtype=float))
+    for edges, n_heads in ((["input->a0.g1.v", "a0.h3->logits"], 1), (["input->a0.g1.v"], 2)):
+        for known in (edges, wiring.circuit(np.isin(wiring.edge_names, edges))):
+            assert ranking(scores, known, level="node").positives == pytest.approx(n_heads / 10)
+
+
 @pytest.mark.parametrize(
     ("scores", "settings", "message"),
     [

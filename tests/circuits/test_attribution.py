@@ -15,10 +15,11 @@ from circuits.discovery.qk_fix import Rows
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.errors import CircuitError, TaskError
+from mechinterp.models.attention import Heads
 from mechinterp.models.compiled import indirect_object, induction
-from mechinterp.models.config import ModelConfig
+from mechinterp.models.config import ModelConfig, Rotary
 from mechinterp.models.transformer import Transformer
-from mechinterp.models.weights import Weights
+from mechinterp.models.weights import Norm, Weights
 from mechinterp.sites import Site
 
 KINDS = [{}, {"steps": 3}, {"qk_fix": True}, {"grad_drop": True}, {"qk_fix": True, "grad_drop": True}]
@@ -94,18 +95,22 @@ def test_a_port_scores_the_derivative_of_replacing_it(model, make_task):
 # QK fix
 
 
-def rows_of(sharpness: float, dtype: torch.dtype, causal: bool = True):
+def rows_of(sharpness: float, dtype: torch.dtype, **facts):
     """Random queries and keys with changed ones, and every single change's effect by plain recomputation in float64."""
+    config = ModelConfig("rows", 1, 2, 8, 4, None, 5, 6, attention_scale=1.0, normalization="rms_norm", **facts)
+    heads = Heads(
+        config, 0, torch.arange(6)[None], *[Norm(torch.linspace(0.5, 2, 4).double(), None)] * (2 * ("qk_norm" in facts))
+    )
     generator = torch.Generator().manual_seed(0)
     q, k, v, dz, new_q, new_k = torch.randn(6, 3, 6, 2, 4, generator=generator, dtype=torch.float64)
+    k, v, new_k = (x[:, :, : config.n_groups] for x in (k, v, new_k))
     q, new_q = sharpness * q, sharpness * new_q
-    is_seen = torch.ones(6, 6).tril().bool() if causal else torch.ones(6, 6).bool()
 
     def pattern(q, k):
-        return torch.einsum("bqhd,bkhd->bhqk", q, k).masked_fill(~is_seen, -torch.inf).softmax(-1)
+        return heads.scores(heads.turn_q(q), heads.turn_k(k)).softmax(-1)
 
     def effects(of, changed, pattern_with):
-        d, found = torch.einsum("bqhd,bkhd->bhqk", dz, v), []
+        d, found = torch.einsum("bqhd,bkhd->bhqk", dz, heads.for_every_head(v)), []
         for position in range(6):
             one = of.clone()
             one[:, position] = changed[:, position]
@@ -115,8 +120,7 @@ def rows_of(sharpness: float, dtype: torch.dtype, causal: bool = True):
     by_queries = effects(q, new_q, lambda one: pattern(one, k))
     by_keys = effects(k, new_k, lambda one: pattern(q, one))
     q, k, v, dz, new_q, new_k = (x.to(dtype) for x in (q, k, v, dz, new_q, new_k))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).masked_fill(~is_seen, -torch.inf)
-    rows = Rows.of(q, k, v, scores, 1.0, dz[None])
+    rows = Rows.of(q, k, v, heads, dz[None])
     return (rows.of_queries(new_q[None])[0, 0], by_queries), (rows.of_keys(new_k[None])[0, 0], by_keys)
 
 
@@ -124,8 +128,24 @@ def rows_of(sharpness: float, dtype: torch.dtype, causal: bool = True):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 20.0, 100.0])
 def test_a_changed_query_or_key_does_what_recomputed_rows_say(sharpness, causal, dtype, tolerance):
-    for found, expected in rows_of(sharpness, dtype, causal):
+    for found, expected in rows_of(sharpness, dtype, causal=causal):
         np.testing.assert_allclose(found.double(), expected, atol=tolerance * (1 + expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"attention_soft_cap": 2.0},
+        {"n_key_value_heads": 1, "rotary": Rotary((1.0, 0.1))},
+        {"alibi": True, "local_layers": (0,), "window": 3},
+        {"qk_norm": "head", "attention_soft_cap": 2.0},
+    ],
+    ids=str,
+)
+def test_so_it_does_however_queries_and_keys_meet(facts):
+    for sharpness in (0.1, 20.0):
+        for found, expected in rows_of(sharpness, torch.float64, **facts):
+            np.testing.assert_allclose(found, expected, atol=1e-13 * (1 + expected.abs().max()))
 
 
 @pytest.mark.parametrize("ports", [False, True])
@@ -145,10 +165,13 @@ def test_models_that_are_not_causal_are_fixed_too(make_model, make_task):
     np.testing.assert_allclose(fixed, plainly, atol=1e-3 * np.abs(plainly).max())
 
 
-@pytest.mark.parametrize("variant", ["plain", "parallel"])
-def test_the_fix_of_a_writer_is_the_sum_over_the_rows_that_it_changes(make_model, make_task, variant):
+@pytest.mark.parametrize(
+    ("variant", "facts"),
+    [("plain", {}), ("parallel", {}), ("llama", {"n_key_value_heads": 1}), ("gemma2", {"local_layers": (0,)}), ("mpt", {})],
+)
+def test_the_fix_of_a_writer_is_the_sum_over_the_rows_that_it_changes(make_model, make_task, variant, facts):
     """Edges into queries and keys by plain recomputation of the pattern, all other edges by attribution."""
-    model = make_model(variant, n_layers=2, n_heads=2)
+    model = make_model(variant, n_layers=2, n_heads=2, **facts)
     task = one_prompt(make_task(model))
     prompts, wiring, edges = task.prompts, Wiring.of(model.config), eap(model, task)
     delta = (resample(model, prompts) - Writes.during(model, prompts.clean)).first(len(wiring.writers))
@@ -201,7 +224,7 @@ def test_the_fix_sees_what_saturated_attention_hides():
 def test_dropping_a_layer_is_to_detach_what_it_writes(model, make_task, ports):
     task = make_task(model)
     prompts, config = task.prompts, model.config
-    sites = ["q", "k", "v"] if ports else ["z", "mlp_out"] if config.has_mlp else ["z"]
+    sites = ["q", "k", "v"] if ports else [config.write_site, *["mlp_out"] * config.has_mlp]
     wanted = [Site(name, layer) for layer in range(config.n_layers) for name in sites]
     _, corrupted = model.run(prompts.corrupted, record=["resid_pre", *sites])
 

@@ -33,6 +33,12 @@ from mechinterp.tasks import ioi
 ABLATIONS = ["resample", "mean", "zero"]
 
 
+@pytest.fixture(scope="module", params=["plain", "llama", "gemma2", "olmo2"])
+def family(request, make_model):
+    """The kinds of models that differ in what parts read and write."""
+    return make_model(request.param)
+
+
 @pytest.fixture(scope="module")
 def builtin():
     return load("builtin")
@@ -107,34 +113,35 @@ def test_under_linear_rules_what_flows_into_a_head_flows_on_as_its_own_score(mak
     np.testing.assert_allclose(into_logits, direct.values, atol=1e-10)
 
 
-def test_an_edge_is_what_arrives_by_any_path_times_what_it_is_worth(plain, make_task):
+def test_an_edge_is_what_arrives_by_any_path_times_what_it_is_worth(family, make_task):
     """Against the engine: the reader's change when the writer is replaced, times the metric's gradient there."""
-    task, wiring = make_task(plain, n_prompts=6), Wiring.of(plain.config)
-    scores, prompts = cdt_edges(plain, task, rules="exact"), task.prompts
-    readers = ["q", "k", "v", "mlp_out"]
+    task, wiring = make_task(family, n_prompts=6), Wiring.of(family.config)
+    scores, prompts = cdt_edges(family, task, rules="exact"), task.prompts
+    sites = [Site(name, layer) for layer in range(3) for name in ("q", "k", "v", "mlp_out")]
     leaves, rows = {}, torch.arange(len(prompts))
 
     def leaf(value, _, site):
         leaves[site] = value.detach().requires_grad_()
         return value + leaves[site] - leaves[site].detach()
 
-    sites = [Site(name, layer) for layer in range(3) for name in readers]
-    logits, _ = plain.run(prompts.clean, patch={site: (lambda v, c, site=site: leaf(v, c, site)) for site in sites})
+    logits, _ = family.run(prompts.clean, patch={site: (lambda v, c, site=site: leaf(v, c, site)) for site in sites})
     metric = task.metric(logits[rows, prompts.end], prompts)
     gradients = dict(zip(sites, torch.autograd.grad(metric.sum(), [leaves[site] for site in sites]), strict=True))
-    replaced = Writes.during(plain, prompts.corrupted)
-
-    def without(z, _):
-        return torch.cat([replaced.z[0][:, :, :1], z[:, :, 1:]], 2)
-
-    _, clean = plain.run(prompts.clean, record=sites)
-    _, changed = plain.run(prompts.clean, record=sites, patch={Site("z", 0): without})
-    for layer, head, port in ((1, 2, "q"), (2, 0, "k"), (2, 1, "v")):
-        change = (clean[port, layer] - changed[port, layer])[:, :, head] * gradients[Site(port, layer)][:, :, head]
-        found = scores.values[wiring.index("a0.h0", f"a{layer}.h{head}.{port}")]
+    _, clean = family.run(prompts.clean, record=sites)
+    _, changed = family.run(prompts.clean, record=sites, patch=first_head_replaced(family, prompts))
+    for reader in (node for node in wiring.readers if node.port and (node.layer or 0) > 0):
+        site = Site(reader.port, reader.layer)
+        change = ((clean[site] - changed[site]) * gradients[site])[:, :, reader.index]
+        found = scores.values[wiring.index("a0.h0", reader)]
         np.testing.assert_allclose(found, change.sum((1, 2)).mean().item(), atol=1e-10)
     change = (clean["mlp_out", 1] - changed["mlp_out", 1]) * gradients[Site("mlp_out", 1)]
     np.testing.assert_allclose(scores.values[wiring.index("a0.h0", "m1")], change.sum((1, 2)).mean().item(), atol=1e-10)
+
+
+def first_head_replaced(model, prompts) -> dict:
+    """The patch by which ``a0.h0`` writes what it writes on corrupted prompts."""
+    replaced = Writes.during(model, prompts.corrupted).z[0]
+    return {Site(model.config.write_site, 0): lambda z, _: torch.cat([replaced[:, :, :1], z[:, :, 1:]], 2)}
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -148,9 +155,9 @@ def test_edges_of_the_circuits_rank_high_though_paths_are_not_told_from_edges(na
 
 
 @pytest.mark.parametrize("rules", RULE_SETS)
-def test_the_output_column_of_the_table_is_the_scores(plain, make_task, rules):
-    task, wiring = make_task(plain, n_prompts=6), Wiring.of(plain.config)
-    table, scores = relevance_table(plain, task, rules=rules), cdt(plain, task, rules=rules)
+def test_the_output_column_of_the_table_is_the_scores(family, make_task, rules):
+    task, wiring = make_task(family, n_prompts=6), Wiring.of(family.config)
+    table, scores = relevance_table(family, task, rules=rules), cdt(family, task, rules=rules)
     heads = [wiring.writers.index(part.head) for part in table.parts]
     np.testing.assert_allclose(table.output, scores.values[heads], atol=1e-10)
 
@@ -170,34 +177,38 @@ def test_the_table_is_causal_and_its_shares_are_shares(plain, make_task):
     np.testing.assert_allclose(share[later], (ratio / (1 + ratio))[later])
 
 
-def test_a_projection_says_how_much_of_a_heads_deviation_is_due_to_a_source(plain, make_task):
-    """Under exact rules: the change of z when the source is replaced, along what replacing z would change."""
-    task, prompts = make_task(plain, n_prompts=6), make_task(plain, n_prompts=6).prompts
-    table, replaced = relevance_table(plain, task, rules="exact"), Writes.during(plain, prompts.corrupted)
-    _, clean = plain.run(prompts.clean, record=["z"])
-    patch = {Site("z", 0): lambda z, _: torch.cat([replaced.z[0][:, :, :1], z[:, :, 1:]], 2)}
-    _, changed = plain.run(prompts.clean, record=["z"], patch=patch)
+def test_a_projection_says_how_much_of_a_heads_deviation_is_due_to_a_source(family, make_task):
+    """Under exact rules: the change of what heads do when the source is replaced, along what replacing them would change."""
+    task, config = make_task(family, n_prompts=6), family.config
+    prompts, site = task.prompts, Site(config.write_site, 2)
+    table, replaced = relevance_table(family, task, rules="exact"), Writes.during(family, prompts.corrupted)
+    _, clean = family.run(prompts.clean, record=[site])
+    _, changed = family.run(prompts.clean, record=[site], patch=first_head_replaced(family, prompts))
     up_to_end = (torch.arange(7) <= prompts.end[:, None])[:, :, None]
-    change, deviation = clean["z", 2] - changed["z", 2], clean["z", 2] - replaced.z[2]
+    change, deviation = clean[site] - changed[site], clean[site] - replaced.z[2]
     along = ((change * deviation).sum(-1) * up_to_end).sum((0, 1)) / (deviation.square().sum(-1) * up_to_end).sum((0, 1))
-    target = [table.parts.index(Part(Node.head(2, head))) for head in range(3)]
+    target = [table.parts.index(Part(Node.head(2, head))) for head in range(config.n_heads)]
     np.testing.assert_allclose(table.projection[0, target], along.numpy(), atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["plain", "gemma2"])
 @pytest.mark.parametrize("positions", [None, ["X", "END"]])
 @pytest.mark.parametrize("ablation", ["resample", "mean"])
-def test_the_sums_of_the_table_are_those_of_each_pair_by_itself(plain, make_task, monkeypatch, positions, ablation):
+def test_the_sums_of_the_table_are_those_of_each_pair_by_itself(
+    make_model, make_task, monkeypatch, variant, positions, ablation
+):
     """Also of what is irrelevant where nothing is carried; in stacks of any size."""
-    task = make_task(plain, n_prompts=6)
+    model = make_model(variant)
+    task, write_site = make_task(model, n_prompts=6), model.config.write_site
     at = {"X": torch.tensor([0, 1, 2, 3, 4, 5]), "END": task.prompts.end}
     task = replace(task, prompts=replace(task.prompts, positions=at))
-    table = relevance_table(plain, task, rules="paper", positions=positions, ablation=ablation)
-    writes = replacement_for(plain, task, ablation).writes
-    reference = {Site("z", layer): z for layer, z in enumerate(writes.z)}
+    table = relevance_table(model, task, rules="paper", positions=positions, ablation=ablation)
+    writes = replacement_for(model, task, ablation).writes
+    reference = {Site(write_site, layer): z for layer, z in enumerate(writes.z)}
     sources = [Source((part.head,), part.at(task.prompts)) for part in table.parts]
-    found = contributions(plain, task.prompts.clean, sources, ["z"], rules="paper", reference=reference)
+    found = contributions(model, task.prompts.clean, sources, [write_site], rules="paper", reference=reference)
     for t, target in enumerate(table.parts):
-        split = found[f"z.{target.head.layer}"].map(lambda part, head=target.head: part[..., head.index, :])
+        split = found[f"{write_site}.{target.head.layer}"].map(lambda part, head=target.head: part[..., head.index, :])
         here = torch.arange(7) <= task.prompts.end[:, None]
         here = here if positions is None else torch.arange(7) == at[target.position][:, None]
         for name, part in (("relevant", split.relevant), ("irrelevant", split.irrelevant)):
@@ -205,7 +216,7 @@ def test_the_sums_of_the_table_are_those_of_each_pair_by_itself(plain, make_task
             later = [index for index, source in enumerate(table.parts) if source.head.layer < target.head.layer]
             np.testing.assert_allclose(getattr(table, name)[later, t], expected[later].numpy(), atol=1e-9)
     monkeypatch.setattr(import_module("mechinterp.decomposition.propagate"), "MEMORY", 1)
-    again = relevance_table(plain, task, rules="paper", positions=positions, ablation=ablation)
+    again = relevance_table(model, task, rules="paper", positions=positions, ablation=ablation)
     np.testing.assert_allclose(again.irrelevant, table.irrelevant, atol=1e-9)
 
 
@@ -225,31 +236,35 @@ def test_positions_tell_a_head_apart():
 # Heads alone
 
 
-def test_all_heads_are_the_model_and_some_are_what_their_edges_keep(plain, make_task):
-    task, wiring = make_task(plain, n_prompts=6), Wiring.of(plain.config)
-    replaced = Writes.during(plain, task.prompts.corrupted)
-    alone = HeadsAlone(plain, task, replaced)
+def test_all_heads_are_the_model_and_some_are_what_their_edges_keep(family, make_task):
+    task, wiring = make_task(family, n_prompts=6), Wiring.of(family.config)
+    replaced = Writes.during(family, task.prompts.corrupted)
+    alone = HeadsAlone(family, task, replaced)
     heads = [writer for writer in wiring.writers if writer.kind == "head"]
     some = [heads[0], heads[4], heads[8]]
     found = alone.metrics([[Part(head) for head in group] for group in (heads, some, [])])
-    assert found[0] == pytest.approx(float(fitness(plain, task, allow_unsolved=True).clean.mean()))
+    assert found[0] == pytest.approx(float(fitness(family, task, allow_unsolved=True).clean.mean()))
     for group, metric in zip((some, []), found[1:], strict=True):
         kept = np.array([writer.kind != "head" or writer in group for writer in wiring.writers])[wiring.edge_writer]
-        logits = run_circuits(plain, task.prompts, kept[None], replaced)[0]
+        logits = run_circuits(family, task.prompts, kept[None], replaced)[0]
         assert metric == pytest.approx(float(task.metric(logits, task.prompts).mean()))
 
 
-def test_a_head_at_one_position_is_the_rest_of_it_replaced(plain, make_task):
-    task = make_task(plain, n_prompts=6)
+def test_a_head_at_one_position_is_the_rest_of_it_replaced(family, make_task):
+    task, config = make_task(family, n_prompts=6), family.config
     task = replace(task, prompts=replace(task.prompts, positions={"there": torch.tensor([1, 2, 3, 4, 5, 2])}))
-    replaced = Writes.during(plain, task.prompts.corrupted)
+    replaced = Writes.during(family, task.prompts.corrupted)
     there = torch.arange(7) == task.prompts.positions["there"][:, None]
-    patch = {Site("z", layer): (lambda z, _, layer=layer: replaced.z[layer]) for layer in range(3)}
-    patch[Site("z", 1)] = lambda z, _: torch.where(
-        (there[..., None] & torch.tensor([False, True, False]))[..., None], z, replaced.z[1]
-    )
-    logits, _ = plain.run(task.prompts.clean, patch=patch, logits_at=task.prompts.end)
-    found = HeadsAlone(plain, task, replaced).metrics([[Part(Node.head(1, 1), "there")]])
+    kept = there[..., None, None] & (torch.arange(config.n_heads) == 1)[:, None]
+    nowhere = torch.zeros_like(kept)
+    patch = {
+        Site(config.write_site, layer): lambda z, _, layer=layer: torch.where(
+            kept if layer == 1 else nowhere, z, replaced.z[layer]
+        )
+        for layer in range(3)
+    }
+    logits, _ = family.run(task.prompts.clean, patch=patch, logits_at=task.prompts.end)
+    found = HeadsAlone(family, task, replaced).metrics([[Part(Node.head(1, 1), "there")]])
     assert found[0] == pytest.approx(float(task.metric(logits, task.prompts).mean()))
 
 
@@ -265,6 +280,16 @@ def test_the_search_finds_the_heads_set_by_hand(name):
     assert set(found.graph) == {*planted.roles.values(), "logits"}
     assert isinstance(found.graph, nx.DiGraph)
     assert Wiring.of(planted.model.config).mask(found.circuit).sum() == found.circuit.n_edges_kept
+
+
+def test_the_search_goes_back_through_every_family(family, make_task):
+    """Random heads do nothing that could be known, so all of them must be: kept, they are the model."""
+    task = make_task(family, n_prompts=6)
+    found = cdt_search(family, task, percentile=0.0, prune_by=None, allow_unsolved=True)
+    assert len(found.heads) == family.config.n_layers * family.config.n_heads
+    assert found.faithfulness == pytest.approx(1)
+    wiring = Wiring.of(family.config)
+    assert found.circuit.n_edges_kept == wiring.n_edges
 
 
 def test_every_setting_of_the_paper_runs_and_is_written_down(builtin):

@@ -21,10 +21,12 @@ from circuits.discovery.code_edges import (
 from circuits.scores import Scores
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError
+from mechinterp.nodes import Node
 from mechinterp.prompts import PromptBatch
 from saes.codes import CodeSettings
 
 FIELDS = ("clean", "corrupted", "end", "candidates", "roles", "groups")
+SHARED = Wiring(2, 4, n_key_value_heads=2)
 QUICK = {"n_train": 4, "d_sae": 4, "steps": 20, "n_permutations": 30}
 
 
@@ -38,12 +40,12 @@ def one(plain, task) -> Coded:
     return coded(examples_of(plain, task, "END", 4), CodeSettings(4, 4, steps=20))
 
 
-@pytest.mark.parametrize("wiring", [Wiring(2, 3), Wiring(3, 2, has_mlp=False), Wiring(2, 2, parallel=True)])
+@pytest.mark.parametrize("wiring", [Wiring(2, 3), Wiring(3, 2, has_mlp=False), Wiring(2, 2, parallel=True), SHARED])
 def test_pairs_are_those_that_the_wiring_joins(wiring):
     """By name: writer and reader of every edge, ports left out; and nothing else."""
     nodes = [*map(str, wiring.writers), "logits"]
     pairs = {(nodes[writer], nodes[reader]) for writer, reader in zip(*pairs_of(readable(wiring)), strict=True)}
-    assert pairs == {(str(writer), str(reader.with_port(None))) for writer, reader in wiring.edges}
+    assert pairs == {(str(writer), str(part)) for writer, reader in wiring.edges for part in wiring.owners(reader)}
     assert ("a1.h0", "a0.h0") not in pairs
     assert (("a0.h0", "m0") in pairs) == (wiring.has_mlp and not wiring.parallel)
 
@@ -54,6 +56,14 @@ def test_a_pair_scores_on_all_its_ports():
     by_edge = dict(zip(wiring.edge_names, on_edges(values, wiring).tolist(), strict=True))
     assert by_edge["m0->a1.h1.q"] == by_edge["m0->a1.h1.k"] == by_edge["m0->a1.h1.v"] != by_edge["m0->a1.h0.q"]
     assert set(by_edge.values()) == set(values.tolist())
+
+
+def test_on_a_key_that_heads_share_stands_the_strongest_pair():
+    pairs = zip(*pairs_of(readable(SHARED)), strict=True)
+    values = np.random.default_rng(0).normal(size=readable(SHARED).sum())
+    by_pair = {(SHARED.writers[w], [*SHARED.writers, Node.logits()][r]): x for (w, r), x in zip(pairs, values, strict=True)}
+    for (writer, reader), value in zip(SHARED.edges, on_edges(values, SHARED), strict=True):
+        assert value == max((by_pair[writer, part] for part in SHARED.owners(reader)), key=abs)
 
 
 def test_nodes_are_the_label_the_parts_in_wiring_order_and_the_metric(plain, one):

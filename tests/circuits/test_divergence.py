@@ -38,7 +38,7 @@ def test_divergence_is_what_a_plain_loop_finds(model, make_task, relative_to, bl
     task = make_task(model)
     prompts, wiring = task.prompts, Wiring.of(model.config)
     differs = prompts.clean != prompts.corrupted
-    mean = model.weights.W_E[prompts.clean[differs]].mean(0)
+    mean = model.run(prompts.clean, record=["embed"])[1]["embed"][differs].mean(0)
     rows: dict[str, list[list[torch.Tensor]]] = {str(writer): [] for writer in wiring.writers[1:]}
     stream = []
     for i, end in enumerate(prompts.end.tolist()):
@@ -47,7 +47,7 @@ def test_divergence_is_what_a_plain_loop_finds(model, make_task, relative_to, bl
             blanked, patch = tokens, {"embed": lambda embed, _, i=i: torch.where(differs[i, :, None], mean, embed)}
         else:
             blanked = torch.where(differs[i], prompts.corrupted[i] if blank == "corrupted" else blank, tokens)
-        sites = ["z", "resid_post", *(["mlp_out"] if model.config.has_mlp else [])]
+        sites = [model.config.write_site, "resid_post", *(["mlp_out"] if model.config.has_mlp else [])]
         (_, clean), (_, other) = model.run(tokens, record=sites), model.run(blanked, record=sites, patch=patch)
         for name, found in rows.items():
             found.append([cache.output(name)[0, end] for cache in (clean, other)])

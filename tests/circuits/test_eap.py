@@ -61,9 +61,10 @@ def test_integrated_gradients_out_of_the_input_sum_to_the_whole_effect(model, ma
     assert out_of_input == pytest.approx(gap[0] - gap[1], rel=2e-3, abs=2e-3 * np.abs(scores.values).max())
 
 
-def test_on_a_linear_model_all_methods_agree(make_model, make_task):
+@pytest.mark.parametrize("variant", ["no_norm", "llama", "mpt"])
+def test_on_a_linear_model_all_methods_agree(make_model, make_task, variant):
     """No normalisation, no MLP, one-token prompts: the softmax of one score is 1, so the model is linear."""
-    model = make_model("no_norm", d_mlp=None)
+    model = make_model(variant, d_mlp=None, normalization="none")
     task = make_task(model, changed=(0,))
     one = task.prompts[:]
     prompts = type(one)(one.clean[:, :1], one.corrupted[:, :1], one.end * 0, one.candidates, one.roles, one.groups, {})
@@ -76,12 +77,12 @@ def test_on_a_linear_model_all_methods_agree(make_model, make_task):
     assert np.abs(measured.values).max() > 0.01
 
 
-def test_one_step_at_the_clean_end_is_eap(plain, make_task):
+def test_one_step_at_the_clean_end_is_eap(model, make_task):
     """The right grid of one step takes its only gradient on the clean run, whichever way the path goes."""
-    task = make_task(plain)
-    plainly = eap(plain, task).values
+    task = make_task(model)
+    plainly = eap(model, task).values
     for path in ("inputs", "activations"):
-        np.testing.assert_allclose(eap_ig(plain, task, steps=1, grid="right", path=path).values, plainly, atol=1e-12)
+        np.testing.assert_allclose(eap_ig(model, task, steps=1, grid="right", path=path).values, plainly, atol=1e-12)
 
 
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])

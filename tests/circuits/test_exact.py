@@ -1,4 +1,4 @@
-"""Exact edge patching against the plain loop that it replaces: one whole forward for each edge."""
+"""Exact edge patching against the plain loop that it replaces: a whole forward for each edge."""
 
 from importlib import import_module
 
@@ -6,37 +6,39 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.ablation import ABLATIONS
+from circuits.ablation import ABLATIONS, replacement_for
 from circuits.discovery.exact import exact
 from circuits.discovery.nodes import patching
+from circuits.running import measure_circuits
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.errors import TaskError
 from mechinterp.sites import Site
 
 
-def one_forward_an_edge(model, task, ablation: str) -> np.ndarray:
-    """What cutting each edge costs, by the definition: patch the reader's own input, run everything."""
+def plain_loop(model, task, ablation: str) -> np.ndarray:
+    """What cutting each edge costs, by the definition: patch the reader's own input, run everything; a reader at a time."""
     wiring, prompts = Wiring.of(model.config), task.prompts
     clean = task.metric(model.run(prompts.clean, logits_at=prompts.end)[0], prompts)
     delta = (ABLATIONS[ablation](model, prompts) - Writes.during(model, prompts.clean)).first(len(wiring.writers))
     falls = []
-    for writer, (_, reader) in zip(wiring.edge_writer, wiring.edges, strict=True):
-        patch = cut_one(model, reader, delta[writer])
-        patched = task.metric(model.run(prompts.clean, patch=patch, logits_at=prompts.end)[0], prompts)
-        falls.append((clean - patched).mean().item())
-    return np.array(falls)
+    for reader, n_writers in zip(wiring.readers, wiring.writers_before.tolist(), strict=True):
+        rows = prompts[torch.arange(len(prompts)).repeat(n_writers)]
+        patch = cut_one(model, reader, delta[:n_writers].flatten(0, 1))
+        patched = task.metric(model.run(rows.clean, patch=patch, logits_at=rows.end)[0], rows)
+        falls.append((clean - patched.unflatten(0, (n_writers, -1))).mean(1))
+    return torch.cat(falls).numpy()
 
 
 def cut_one(model, reader, change):
-    if reader.kind == "head":
+    if reader.port:
 
-        def into_head(streams, _):
+        def into_port(streams, _):
             streams = streams.clone()
             streams[:, :, reader.index] += change
             return streams
 
-        return {Site(f"{reader.port}_input", reader.layer): into_head}
+        return {Site(f"{reader.port}_input", reader.layer): into_port}
     site = Site("mlp_in", reader.layer) if reader.kind == "mlp" else Site("resid_post", model.config.n_layers - 1)
     return {site: lambda stream, _: stream + change}
 
@@ -44,24 +46,33 @@ def cut_one(model, reader, change):
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
 def test_every_edge_costs_what_a_plain_loop_measures(model, make_task, ablation):
     task = make_task(model)
-    np.testing.assert_allclose(
-        exact(model, task, ablation=ablation).values, one_forward_an_edge(model, task, ablation), atol=1e-12
-    )
+    np.testing.assert_allclose(exact(model, task, ablation=ablation).values, plain_loop(model, task, ablation), atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["plain", "attention_only", "parallel"])
+def test_every_edge_costs_what_the_circuit_without_it_loses(model, make_task):
+    task, wiring = make_task(model), Wiring.of(model.config)
+    replaced = replacement_for(model, task, "resample").writes
+    without = np.concatenate([np.ones((1, wiring.n_edges), bool), ~np.eye(wiring.n_edges, dtype=bool)])
+    (found,) = measure_circuits(model, task.prompts, without, replaced, [task.metric])
+    scores = exact(model, task, keep_prompts=True).per_prompt
+    np.testing.assert_allclose(scores, (found[0] - found[1:]).T, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["plain", "attention_only", "parallel", "mpt"])
 def test_models_of_one_head_are_no_exception(make_model, make_task, variant):
     model = make_model(variant, n_heads=1)
     task = make_task(model, "prob_diff")
-    np.testing.assert_allclose(exact(model, task).values, one_forward_an_edge(model, task, "resample"), atol=1e-12)
+    np.testing.assert_allclose(exact(model, task).values, plain_loop(model, task, "resample"), atol=1e-12)
 
 
-def test_neither_batches_nor_stacking_change_a_score(plain, make_task, monkeypatch):
-    task = make_task(plain)
-    whole = exact(plain, task, keep_prompts=True)
+@pytest.mark.parametrize("variant", ["plain", "llama", "olmo2"])
+def test_neither_batches_nor_stacking_change_a_score(make_model, make_task, monkeypatch, variant):
+    model = make_model(variant, n_layers=2)
+    task = make_task(model)
+    whole = exact(model, task, keep_prompts=True)
     for module in ("suffix", "exact"):
         monkeypatch.setattr(import_module(f"circuits.discovery.{module}"), "TOKENS_AT_ONCE", 1)
-    pieces = exact(plain, task, keep_prompts=True, batch_size=2)
+    pieces = exact(model, task, keep_prompts=True, batch_size=2)
     np.testing.assert_allclose(pieces.per_prompt, whole.per_prompt, atol=1e-12)
     np.testing.assert_allclose(whole.per_prompt.mean(0), whole.values, atol=1e-12)
 
@@ -84,7 +95,8 @@ def test_patching_a_node_replaces_what_it_writes_everywhere(model, make_task, ab
     def fall(patch):
         return (clean - task.metric(model.run(prompts.clean, patch=patch, logits_at=prompts.end)[0], prompts)).mean().item()
 
-    expected = [fall({"embed": lambda _, __: replaced.input, "pos_embed": lambda x, _: torch.zeros_like(x)})]
+    nowhere = {"pos_embed": lambda x, _: torch.zeros_like(x)} if config.learned_positions else {}
+    expected = [fall({"embed": lambda _, __: replaced.input} | nowhere)]
     for layer in range(config.n_layers):
         for head in range(config.n_heads):
 
@@ -93,7 +105,7 @@ def test_patching_a_node_replaces_what_it_writes_everywhere(model, make_task, ab
                 z[:, :, head] = replaced.z[layer][:, :, head]
                 return z
 
-            expected.append(fall({Site("z", layer): one_head}))
+            expected.append(fall({Site(config.write_site, layer): one_head}))
         if config.has_mlp:
             expected.append(fall({Site("mlp_out", layer): lambda _, __, layer=layer: replaced.mlp_out[layer]}))
     np.testing.assert_allclose(patching(model, task, ablation=ablation).values, expected, atol=1e-12)

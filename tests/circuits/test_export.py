@@ -14,9 +14,9 @@ from mechinterp.nodes import Node
 READABLE = [name for name, format in FORMATS.items() if format.read]
 
 
-@pytest.fixture
-def circuit() -> Circuit:
-    wiring = Wiring(2, 3)
+@pytest.fixture(params=[None, 1], ids=["own keys", "shared keys"])
+def circuit(request) -> Circuit:
+    wiring = Wiring(2, 3, n_key_value_heads=request.param)
     values = np.random.default_rng(0).normal(size=wiring.n_edges) ** 3
     facts = {"method": "eap-ig", "unit": "logit_diff", "model": 'a "quoted" <model> & ü', "task": "ioi"}
     circuit = Scores(wiring, values, **facts, settings={"steps": 5, "points": [0.25]}).top(25)
@@ -41,6 +41,7 @@ def test_a_circuit_is_read_back_equal(circuit, tmp_path, name):
     assert nx.utils.graphs_equal(loaded, circuit)
     assert loaded.edges_kept == circuit.edges_kept
     assert {type(loaded.graph[fact]) for fact in ("signed", "parallel")} == {bool}
+    assert Wiring.of(loaded) == Wiring.of(circuit)
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -81,6 +82,17 @@ def test_dot_folds_ports_and_dashes_what_hurts(tmp_path):
     text = (tmp_path / "circuit.dot").read_text()
     assert '"m0" -> "a1.h0" [label="k", color="#D55E00", score="-0.5", style="dashed"];' in text
     assert r'"task"="say \"hi\"";' in text
+
+
+def test_dot_draws_what_heads_share_as_a_part_of_its_own(tmp_path):
+    circuit = Circuit(n_heads=4, n_key_value_heads=2)
+    circuit.keep("m0", "a1.g1.k", weight=-0.5)
+    circuit.save(tmp_path / "circuit.dot")
+    text = (tmp_path / "circuit.dot").read_text()
+    assert '"m0" -> "a1.g1.k" [label="k", color="#D55E00", score="-0.5", style="dashed"];' in text
+    assert [line for line in text.splitlines() if '"a1.g1.k" ->' in line] == [
+        f'  "a1.g1.k" -> "a1.h{head}" [color="#D55E00"];' for head in (2, 3)
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".dot", ".png", ".svg", ".pdf"])

@@ -9,6 +9,7 @@ import torch
 from circuits.agreement import ranking
 from circuits.discovery.flow import information_flow
 from circuits.wiring import Wiring
+from circuits.writes import sites
 from mechinterp.models.compiled import induction
 from mechinterp.models.transformer import Transformer
 from mechinterp.models.weights import Weights
@@ -32,24 +33,23 @@ def by_hand(model: Transformer, task) -> np.ndarray:
     """One edge, one prompt, one token at a time, from the definition. Prompts are run without their padding."""
     config, wiring = model.config, Wiring.of(model.config)
     found = np.zeros((len(wiring.writers), len(wiring.readers)))
-    names = ["z", "resid_pre", "resid_post"] + ["mlp_out"] * config.has_mlp
-    names += ["resid_mid"] * (config.has_mlp and not config.parallel)
+    names = [*sites(model), "resid_pre", "resid_post", *["resid_mid"] * (config.has_mlp and not config.parallel)]
     for row, end in zip(task.prompts.clean, task.prompts.end.tolist(), strict=True):
-        _, cache = model.run(row[None, : end + 1], record=["embed", "pos_embed", *names])
+        _, cache = model.run(row[None, : end + 1], record=names)
         outputs = [cache.output(writer)[0] for writer in wiring.writers]
         for column, reader in enumerate(wiring.readers):
             if reader.kind == "logits":
-                stream, n_biases, positions = cache["resid_post", config.n_layers - 1][0], config.n_layers, [end]
+                stream, n_layers, positions = cache["resid_post", config.n_layers - 1][0], config.n_layers, [end]
             else:
                 after_heads = reader.kind == "mlp" and not config.parallel
                 stream = cache["resid_mid" if after_heads else "resid_pre", reader.layer][0]
-                n_biases, positions = reader.layer + after_heads, range(end + 1)
-            biases = [model.weights.blocks[layer].b_O.expand_as(stream) for layer in range(n_biases)]
+                n_layers, positions = reader.layer + after_heads, range(end + 1)
+            biases = [block.b_O.expand_as(stream) for block in model.weights.blocks[:n_layers] if block.b_O.any()]
             parts = [*outputs[: wiring.writers_before[column]], *biases]
             torch.testing.assert_close(sum(parts), stream)
             for pos in positions:
                 at = np.array([near(stream[pos], part[pos]) for part in parts])
-                found[: wiring.writers_before[column], column] += (at / at.sum() / len(positions))[: len(parts) - n_biases]
+                found[: wiring.writers_before[column], column] += (at / at.sum() / len(positions))[: len(parts) - len(biases)]
     return wiring.vector(found / len(task))
 
 
@@ -60,7 +60,7 @@ def test_shares_are_what_the_definition_says(model, make_task):
 
 def test_a_readers_shares_and_those_of_the_attention_biases_sum_to_one(plain, make_task):
     """The first reader of a bias b_O is the MLP of layer 0; the heads of layer 0 have the input alone."""
-    first = 3 * plain.config.n_heads
+    first = Wiring.of(plain.config).mlp_reader(0)
     task = make_task(plain)
     sums = by_reader(information_flow(plain, task))
     np.testing.assert_allclose(sums[:first], 1)

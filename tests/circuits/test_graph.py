@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from circuits import Circuit, Wiring
+from circuits.ends import Ends
 from mechinterp.errors import CircuitError
 from mechinterp.nodes import Node
 
@@ -65,6 +66,40 @@ def test_components_fold_ports_and_add_their_scores():
     assert folded.edges[Node.head(1, 0), Node.logits()]["ports"] == ""
 
 
+def test_an_edge_into_what_heads_share_is_folded_into_each_and_counted_once():
+    circuit = Circuit(n_heads=4, n_key_value_heads=2)
+    for edge, weight in {"m0->a1.g1.k": -3.0, "m0->a1.h2.q": 1.0, "a1.h2->logits": 2.0, "a1.h3->logits": 0.5}.items():
+        circuit.keep(*edge.split("->"), weight=weight)
+    folded = circuit.components()
+    assert [str(node) for node in folded] == ["m0", "a1.h2", "a1.h3", "logits"]
+    assert folded.edges[Node.mlp(0), Node.head(1, 2)] == {"ports": "qk", "weight": -0.5, "strength": 2.5}
+    assert folded.edges[Node.mlp(0), Node.head(1, 3)] == {"ports": "k", "weight": -1.5, "strength": 1.5}
+    assert (circuit.n_edges_kept, circuit.heads) == (4, [Node.head(1, 2), Node.head(1, 3)])
+
+
+@pytest.mark.parametrize("n_groups", [None, 2, 1])
+def test_folded_edges_sum_to_the_edges(n_groups):
+    wiring, rng = Wiring(2, 4, n_key_value_heads=n_groups), np.random.default_rng(0)
+    values, mask = rng.normal(size=wiring.n_edges), rng.random(wiring.n_edges) < 0.3
+    folded = wiring.circuit(mask, values).components()
+    assert folded.size("weight") == pytest.approx(values[mask].sum())
+    assert folded.size("strength") == pytest.approx(np.abs(values[mask]).sum())
+    assert not any(node.port or node.kind == "group" for node in folded)
+
+
+def test_what_heads_share_is_refused_where_nobody_says_which_heads():
+    with pytest.raises(CircuitError, match=r"'a0\.g1\.k' is shared by several heads.*Circuit\(n_heads=..., n_key_value_heads"):
+        Circuit().keep("input", "a0.g1.k")
+
+
+def test_at_a_position_heads_share_at_that_position():
+    circuit = Circuit(n_heads=4, n_key_value_heads=2)
+    circuit.keep("a0.h3@5", "logits@5")
+    circuit.keep("input@2", "a0.g1.v@5")
+    circuit.keep("input@2", "a0.g1.v@4")
+    assert [str(head) for head in circuit.heads] == ["a0.h2@4", "a0.h3@4", "a0.h3@5"]
+
+
 def test_pruning_drops_exactly_what_is_on_no_path():
     whole, clean = circuit_of(EDGES | DANGLING), circuit_of(EDGES)
     pruned = whole.pruned()
@@ -74,14 +109,29 @@ def test_pruning_drops_exactly_what_is_on_no_path():
     assert whole.n_edges_kept == 7
 
 
+@pytest.mark.parametrize(("variant", "is_joint"), [("plain", False), ("llama", False), ("gemma2", True), ("olmo2", True)])
+def test_pruning_changes_no_number_under_resampling_but_where_heads_share_a_normalisation(
+    make_model, make_task, variant, is_joint
+):
+    model = make_model(variant)
+    task, wiring = make_task(model), Wiring.of(model.config)
+    kept = np.random.default_rng(3).random((3, wiring.n_edges)) < 0.3
+    pruned = np.stack([wiring.mask(wiring.circuit(mask).pruned()) for mask in kept])
+    assert (pruned.sum(1) < kept.sum(1)).all()
+    whole, less = (Ends.of(model, task, "resample").metric(masks) for masks in (kept, pruned))
+    assert np.allclose(whole, less, atol=1e-10) != is_joint
+    assert model.config.has_joint_heads == is_joint
+
+
 def test_pruning_a_circuit_without_paths_leaves_nothing():
     assert circuit_of(DANGLING).pruned().n_edges_kept == 0
     assert len(Circuit().pruned()) == 0
 
 
-def test_pruning_agrees_with_a_search_for_paths():
-    wiring = Wiring(3, 2)
-    circuit = wiring.circuit(np.random.default_rng(0).random(wiring.n_edges) < 0.08)
+@pytest.mark.parametrize("n_groups", [None, 2])
+def test_pruning_agrees_with_a_search_for_paths(n_groups):
+    wiring = Wiring(3, 4, n_key_value_heads=n_groups)
+    circuit = wiring.circuit(np.random.default_rng(0).random(wiring.n_edges) < 0.15)
     on_a_path = [
         (writer, reader)
         for writer, reader in circuit.edges_kept
@@ -117,7 +167,9 @@ def test_a_circuit_says_what_it_is():
     [
         ("a0.h1.q->logits", "its head 'a0.h1' does"),
         ("logits->logits", "does not write"),
-        ("input->a0.h1", r"its ports do: 'a0\.h1\.q'"),
+        ("input->a0.h1", r"its ports do: 'a0\.h1\.q', 'a0\.h1\.k'"),
+        ("input->a0.g1", r"its ports do: 'a0\.g1\.k', 'a0\.g1\.v'"),
+        ("a0.g1.k->logits", "the heads that share it do"),
         ("m0->input", "it only writes"),
         ("m1->a0.h1.q", "runs backwards"),
         ("a0.h0->a0.h1.q", "runs backwards"),

@@ -133,8 +133,9 @@ def test_independence_is_fair_to_independent_scores_and_sees_what_no_correlation
     assert independence_p_value(x, 1e-6 * x + 5)[0] == pytest.approx(1)  # each kernel has a width of its own
 
 
-def test_an_inflated_circuit_has_a_path_more_and_loses_an_edge_of_it():
-    wiring = Wiring(n_layers=3, n_heads=2)
+@pytest.mark.parametrize("n_groups", [None, 1])
+def test_an_inflated_circuit_has_a_path_more_and_loses_an_edge_of_it(n_groups):
+    wiring = Wiring(n_layers=3, n_heads=2, n_key_value_heads=n_groups)
     kept = np.random.default_rng(4).random(wiring.n_edges) < 0.3
     inflated, brought = inflations(wiring, kept, 20, seed=0)
     for mask, edge in zip(inflated, brought, strict=True):
@@ -147,8 +148,9 @@ def test_an_inflated_circuit_has_a_path_more_and_loses_an_edge_of_it():
     assert inflations(wiring, np.ones_like(kept), 5, seed=0) is None
 
 
-def test_circuits_of_paths_keep_to_their_edges_and_lie_on_paths():
-    wiring = Wiring(n_layers=3, n_heads=2)
+@pytest.mark.parametrize("n_groups", [None, 1])
+def test_circuits_of_paths_keep_to_their_edges_and_lie_on_paths(n_groups):
+    wiring = Wiring(n_layers=3, n_heads=2, n_key_value_heads=n_groups)
     among = np.random.default_rng(5).random(wiring.n_edges) < 0.5
     masks = circuits_of_paths(wiring, among, 15, 5, seed=0)
     assert not (masks & ~among).any()

@@ -13,6 +13,7 @@ from circuits.discovery.latents import latents
 from circuits.latent_layers import layers_of
 from mechinterp.errors import CircuitError, SAEError, TaskError, UnknownNode
 from mechinterp.models.compiled import induction
+from mechinterp.models.transformer import ResidualStart
 from mechinterp.nodes import Node
 from mechinterp.sites import Site
 from saes import Place, SparseAutoencoder, each_head, each_layer, spliced
@@ -59,6 +60,26 @@ def layer_sums(scores):
     return np.stack([part.sum(1) for part in np.split(scores.per_prompt, np.cumsum(widths)[:-1], axis=1)], 1)
 
 
+def of_gathered(model, task, ablation):
+    """[prompt layer]: what replacing all that a layer's heads gather costs, to first order."""
+    prompts, mean = task.prompts, ablation == "mean"
+    _, other = model.run(prompts.corrupted, record=["z"])
+    start = ResidualStart(Site("resid_pre", 0), model.embed(prompts.clean).requires_grad_())
+    logits, clean = model.run(None, start=start, record=["z"], logits_at=prompts.end)
+    zs = [clean["z", layer] for layer in range(model.config.n_layers)]
+    gradients = torch.autograd.grad(task.metric(logits, prompts).sum(), zs)
+    replaced = [alike(prompts, other["z", layer]) if mean else other["z", layer] for layer in range(model.config.n_layers)]
+    falls = [((z - new) * g).sum((1, 2, 3)) for z, new, g in zip(zs, replaced, gradients, strict=True)]
+    return torch.stack(falls, 1).detach().numpy()
+
+
+def alike(prompts, x):
+    """Means over the prompts of one template and length."""
+    layouts = torch.stack([prompts.groups, prompts.end], 1)
+    same = (layouts[:, None] == layouts[None]).all(-1).double()
+    return torch.einsum("ij,j...->i...", same / same.sum(1, keepdim=True), x)
+
+
 def of_heads_in(scores):
     per_head = scores.per_prompt[:, [writer.kind == "head" for writer in scores.wiring.writers]]
     return per_head.reshape(len(per_head), scores.wiring.n_layers, -1).sum(-1)
@@ -69,8 +90,10 @@ def of_heads_in(scores):
 def test_latents_and_error_sum_to_their_heads(model, make_task, make, normalize, ablation):
     task, autoencoder = make_task(model), make(model, normalize=normalize)
     scores = latents(model, task, autoencoder, ablation=ablation, keep_prompts=True)
-    heads = attribution(model, task, ablation=ablation, keep_prompts=True)
-    np.testing.assert_allclose(layer_sums(scores), of_heads_in(heads), atol=1e-12)
+    np.testing.assert_allclose(layer_sums(scores), of_gathered(model, task, ablation), atol=1e-12)
+    if not model.config.has_norms_after:  # or heads have their share of what is written, and latents move its scale
+        heads = attribution(model, task, ablation=ablation, keep_prompts=True)
+        np.testing.assert_allclose(layer_sums(scores), of_heads_in(heads), atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,9 +220,7 @@ def replaced_parts(model, task, autoencoder, ablation):
     if ablation == "zero":
         parts = tuple(torch.zeros_like(part) for part in parts)
     if ablation == "mean":
-        layouts = torch.stack([prompts.groups, prompts.end], 1)
-        same = (layouts[:, None] == layouts[None]).all(-1).double()
-        parts = tuple(torch.einsum("ij,gjps->gips", same / same.sum(1, keepdim=True), part) for part in parts)
+        parts = tuple(torch.stack([alike(prompts, own) for own in part]) for part in parts)
     return [dict(zip(autoencoder.places, part, strict=True)) for part in parts]
 
 
@@ -256,7 +277,7 @@ def test_neither_batches_nor_parts_change_a_score(plain, make_task, monkeypatch,
         whole = latents(plain, task, autoencoder, keep_prompts=True, **settings)
         with monkeypatch.context() as patch:
             patch.setattr("circuits.discovery.backward._TOKENS_AT_ONCE", 14)
-            patch.setattr("circuits.latent_layers._TOKENS_AT_ONCE", 14)
+            patch.setattr("circuits.latent_replacement._TOKENS_AT_ONCE", 14)
             pieces = latents(plain, task, autoencoder, keep_prompts=True, batch_size=3, resume=tmp_path, **settings)
         np.testing.assert_allclose(pieces.per_prompt, whole.per_prompt, atol=1e-12)
         assert latents(plain, task, autoencoder, keep_prompts=True, batch_size=3, resume=tmp_path, **settings) == pieces

@@ -16,9 +16,9 @@ from mechinterp.nodes import Node
 from mechinterp.sites import Site
 
 
-@pytest.fixture(params=["plain", "parallel", "no_norm", "folded"])
-def with_mlps(request, make_model):
-    return make_model(request.param)
+@pytest.fixture
+def with_mlps(model):
+    return model if model.config.has_mlp else pytest.skip("no neurons here")
 
 
 def of_mlps(scores):
@@ -27,7 +27,7 @@ def of_mlps(scores):
 
 
 def without_bias(model):
-    """``b_out`` belongs to no neuron, and an MLP at zero lacks it."""
+    """``b_out`` belongs to no neuron; an MLP at zero lacks it, and under a normalisation its share is never the same."""
     blocks = tuple(replace(block, b_out=torch.zeros_like(block.b_out)) for block in model.weights.blocks)
     return replace(model, weights=replace(model.weights, blocks=blocks))
 
@@ -36,7 +36,7 @@ def without_bias(model):
 @pytest.mark.parametrize("steps", [None, 3])
 def test_neurons_sum_to_their_mlp(with_mlps, make_task, ablation, steps):
     task = make_task(with_mlps)
-    model = without_bias(with_mlps) if ablation == "zero" else with_mlps
+    model = without_bias(with_mlps) if ablation == "zero" or with_mlps.config.has_norms_after else with_mlps
     scores = neurons(model, task, ablation=ablation, steps=steps, keep_prompts=True)
     per_mlp = scores.per_prompt.reshape(len(task), model.config.n_layers, model.config.d_mlp).sum(-1)
     mlps = attribution(model, task, ablation=ablation, steps=steps, keep_prompts=True)
@@ -45,16 +45,20 @@ def test_neurons_sum_to_their_mlp(with_mlps, make_task, ablation, steps):
 
 def fall_of_one(model, task, node, share: float, ablation: str = "resample") -> float:
     """What moving one neuron ``share`` of the way to its replacement costs, by the definition."""
-    prompts, site = task.prompts, Site("mlp_post", node.layer)
-    _, other = model.run(prompts.corrupted, record=[site])
-    target = other[site] if ablation == "resample" else torch.zeros_like(other[site])
+    prompts, layer = task.prompts, node.layer
+    record = ["mlp_post", *["ln2_post_scale"] * model.config.has_norms_after]
 
-    def patch(post, _):
-        post = post.clone()
-        post[:, :, node.index] += share * (target - post)[:, :, node.index]
-        return post
+    def written(tokens):
+        """Of a normalised sum every neuron has its share."""
+        _, cache = model.run(tokens, record=record)
+        return cache["mlp_post", layer] / (cache["ln2_post_scale", layer] if model.config.has_norms_after else 1)
 
-    clean, patched = (model.run(prompts.clean, patch=p, logits_at=prompts.end)[0] for p in ({}, {site: patch}))
+    clean = written(prompts.clean)
+    target = written(prompts.corrupted) if ablation == "resample" else torch.zeros_like(clean)
+    moved = share * (target - clean)[:, :, node.index, None] * model.weights.blocks[layer].W_out[node.index]
+    site = Site("ln2_post_normalized" if model.config.has_norms_after else "mlp_out", layer)
+    patches = ({}, {site: lambda out, _: out + moved})
+    clean, patched = (model.run(prompts.clean, patch=patch, logits_at=prompts.end)[0] for patch in patches)
     return float((task.metric(clean, prompts) - task.metric(patched, prompts)).mean())
 
 

@@ -96,15 +96,16 @@ def test_three_even_draws_by_enumeration():
         shared_by_chance(5, [6, 2])
 
 
-def test_same_degrees_are_the_same_degrees():
-    kept = random_circuits(SMALL, 60, 1, seed=3)[0]
-    drawn = with_same_degrees(SMALL, kept, 50, seed=1)
-    grid, expected = SMALL.grid(drawn), SMALL.grid(kept)
+@pytest.mark.parametrize("wiring", [SMALL, Wiring(n_layers=3, n_heads=4, n_key_value_heads=2)], ids=repr)
+def test_same_degrees_are_the_same_degrees(wiring):
+    kept = random_circuits(wiring, 60, 1, seed=3)[0]
+    drawn = with_same_degrees(wiring, kept, 50, seed=1)
+    grid, expected = wiring.grid(drawn), wiring.grid(kept)
     assert (grid.sum(1) == expected.sum(0)).all()  # of every reader: each port by itself
     assert (grid.sum(2) == expected.sum(1)).all()
     assert len(np.unique(drawn, axis=0)) > 40
-    assert np.array_equal(drawn, with_same_degrees(SMALL, kept, 50, seed=1))
-    assert not np.array_equal(drawn, with_same_degrees(SMALL, kept, 50, seed=2))
+    assert np.array_equal(drawn, with_same_degrees(wiring, kept, 50, seed=1))
+    assert not np.array_equal(drawn, with_same_degrees(wiring, kept, 50, seed=2))
 
 
 def test_every_circuit_of_the_same_degrees_is_equally_likely():

@@ -13,10 +13,11 @@ from circuits.discovery.paths import open_to, parse_receivers, path_links, path_
 from circuits.discovery.stages import staged, staged_circuit
 from circuits.edges import edge_name
 from circuits.wiring import Wiring
+from circuits.writes import sites
 from mechinterp.errors import CircuitError, TaskError, UnknownNode
 from mechinterp.models.compiled import indirect_object
 from mechinterp.nodes import PORTS, Node
-from mechinterp.sites import Site
+from mechinterp.sites import Site, resolve
 
 LAST = Site("resid_post", 2)
 RECEIVERS = {
@@ -53,21 +54,26 @@ def two_runs_a_sender(model, task, receivers, senders=None, mlps="recomputed", p
         for name in positions:
             here[torch.arange(len(prompts)), prompts.end if name == "END" else prompts.positions[name]] = True
     readers = [Node.parse(name) for name in receivers]
-    readers = [port for node in readers for port in ([node] if node.kind != "head" or node.port else _ports(node))]
-    everything = ["embed", "pos_embed", "z"] + (["mlp_out"] if model.config.has_mlp else [])
-    logits, clean = model.run(prompts.clean, record=everything, logits_at=prompts.end)
+    readers = [port for node in readers for port in ([node] if node.kind != "head" or node.port else _ports(model, node))]
+    logits, clean = model.run(prompts.clean, record=sites(model), logits_at=prompts.end)
     scores = np.zeros(len(wiring.writers))
     for index, sender in enumerate(wiring.writers):
         if senders is None or str(sender) in senders:
-            patch = frozen(model, clean, mlps) | sent(sender, clean, replaced, here)
+            patch = frozen(model, clean, mlps) | sent(model, sender, clean, replaced, here)
             recorded = model.run(prompts.clean, patch=patch, record=[site_of(reader) for reader in readers])[1]
             patched = model.run(prompts.clean, patch=received(readers, recorded, here), logits_at=prompts.end)[0]
             scores[index] = (task.metric(logits, prompts) - task.metric(patched, prompts)).mean()
     return scores
 
 
-def _ports(head: Node) -> list[Node]:
-    return [head.with_port(port) for port in PORTS]
+def _ports(model, head: Node) -> list[Node]:
+    return [_port(model, head.layer, head.index, port) for port in PORTS]
+
+
+def _port(model, layer: int, head: int, port: str) -> Node:
+    """As the model has it: a key or value may be its group's."""
+    shared = model.config.is_grouped and port != "q"
+    return Node.group(layer, model.config.group_of(head), port) if shared else Node.head(layer, head, port)
 
 
 def site_of(reader: Node) -> Site:
@@ -77,20 +83,19 @@ def site_of(reader: Node) -> Site:
 
 
 def frozen(model, clean, mlps: str) -> dict:
-    names = ["z"] if mlps == "recomputed" or not model.config.has_mlp else ["z", "mlp_out"]
-    sites = [Site(name, layer) for name in names for layer in range(model.config.n_layers)]
-    return {site: lambda _, __, site=site: clean[site] for site in sites}
+    names = [model.config.write_site] + ["mlp_out"] * (mlps == "frozen" and model.config.has_mlp)
+    return {site: lambda _, __, site=site: clean[site] for site in resolve(model.config, names)}
 
 
-def sent(sender: Node, clean, replaced, here) -> dict:
+def sent(model, sender: Node, clean, replaced, here) -> dict:
     here = here.unsqueeze(-1)
     if sender.kind == "input":
-        input = torch.where(here, replaced.input, clean["embed"] + clean["pos_embed"])
-        return {Site("embed"): lambda _, __: input, Site("pos_embed"): lambda x, _: torch.zeros_like(x)}
+        input = torch.where(here, replaced.input, clean.embedded)
+        return {Site("resid_pre", 0): lambda _, __: input}
     if sender.kind == "mlp":
         site, new = Site("mlp_out", sender.layer), replaced.mlp_out[sender.layer]
         return {site: lambda x, _: torch.where(here, new, x)}
-    site = Site("z", sender.layer)
+    site = Site(model.config.write_site, sender.layer)
     z = clean[site].clone()
     z[:, :, sender.index] = torch.where(here, replaced.z[sender.layer][:, :, sender.index], z[:, :, sender.index])
     return {site: lambda _, __: z}
@@ -122,7 +127,9 @@ def agree(model, task, receivers, **settings) -> None:
 
 
 def present(model, receivers) -> list[str]:
-    return [name for name in receivers if model.config.has_mlp or not name.startswith("m")]
+    """Those that the model has, as it names them."""
+    nodes = [Node.parse(name) for name in receivers if model.config.has_mlp or not name.startswith("m")]
+    return [str(_port(model, node.layer, node.index, node.port) if node.port else node) for node in nodes]
 
 
 @pytest.mark.parametrize("receivers", RECEIVERS.values(), ids=RECEIVERS)
@@ -133,12 +140,12 @@ def test_scores_are_what_two_whole_runs_a_sender_measure(model, make_task, recei
 
 
 @pytest.mark.parametrize("positions", [("S",), ("END",), ("T", "S")], ids=str)
-@pytest.mark.parametrize("variant", ["plain", "parallel"])
+@pytest.mark.parametrize("variant", ["plain", "parallel", "gemma2", "olmo2"])
 def test_at_named_positions_too(make_model, spread_task, variant, positions):
     model = make_model(variant)
     task = spread_task(model)
     agree(model, task, RECEIVERS["queries of several layers"], positions=positions)
-    agree(model, task, RECEIVERS["MLPs and heads"], positions=positions)
+    agree(model, task, present(model, RECEIVERS["MLPs and heads"]), positions=positions)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
@@ -167,7 +174,7 @@ def test_a_frozen_path_is_an_edge(model, make_task):
 
 
 def test_a_link_is_path_patching_into_one_receiver(plain, make_task):
-    task = make_task(plain)
+    task = make_task(plain, changed=(2, 5, 6))  # END among them, or the input would have nothing to send to the logits
     links = path_links(plain, task, receivers=["a1.h0", "m1", "logits"], senders=["input", "a0.h1", "m0"])
     assert len(np.flatnonzero(links.values)) == 5 * 3
     for reader in ("a1.h0.k", "m1", "logits"):
@@ -191,6 +198,16 @@ def test_without_normalisation_direct_paths_to_the_logits_sum_to_the_whole_effec
 def test_the_logits_hear_end_alone(plain, make_task):
     task = make_task(plain)
     np.testing.assert_array_equal(path_patching(plain, task).values, path_patching(plain, task, positions="END").values)
+
+
+def test_where_heads_share_keys_a_whole_head_receives_what_its_group_does(make_model, make_task):
+    model = make_model("llama")
+    task = make_task(model)
+    assert parse_receivers(model, "a1.h3") == tuple(map(Node.parse, ("a1.g1.k", "a1.g1.v", "a1.h3.q")))
+    alone = path_patching(model, task, receivers=["a1.h3.q", "a1.g1.k", "a1.g1.v"])
+    np.testing.assert_array_equal(path_patching(model, task, receivers="a1.h3").values, alone.values)
+    with pytest.raises(UnknownNode, match=r"a1\.g1\.k"):
+        path_patching(model, task, receivers="a1.h3.k")
 
 
 def test_senders_above_the_first_receiver_reach_the_others(plain, make_task):
@@ -264,6 +281,14 @@ def test_a_kept_mlp_receives_in_the_next_stage(plain, make_task):
     heads = {head.with_port(port) for head in stages[0].kept for port in "kv" if head.kind == "head"}
     assert set(stages[1].receivers) == heads | {node for node in stages[0].kept if node.kind == "mlp"}
     assert len(stages[0].kept) == 2
+
+
+def test_kept_heads_receive_by_the_keys_and_values_of_their_groups(make_model, make_task):
+    model = make_model("llama")
+    stages = staged(model, make_task(model), stages=("qv",), senders=["a0.h1", "a1.h3"], n_per_stage=2)
+    heads = stages[0].kept
+    groups = {Node.group(head.layer, model.config.group_of(head.index), "v") for head in heads}
+    assert set(stages[1].receivers) == {head.with_port("q") for head in heads} | groups
 
 
 def test_a_threshold_that_nothing_reaches_ends_the_trace(plain, make_task):

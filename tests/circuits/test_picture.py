@@ -42,6 +42,16 @@ def test_every_edge_and_every_part_is_drawn_once(circuit):
         assert names.count(str(node)) == 1
 
 
+def test_an_edge_into_what_heads_share_is_drawn_to_each_head_of_the_circuit_and_counted_once():
+    wiring = Wiring(2, 4, n_key_value_heads=2)
+    names = ["input->a0.g1.k", "a0.h2->logits", "a0.h3->logits", "a0.h3->a1.g0.v", "a1.h1->logits"]
+    figure = draw(wiring.circuit(np.isin(wiring.edge_names, names)))
+    shared = {f"input->a0.g1.k->a0.h{head}" for head in (2, 3)}
+    assert set(curves(figure)) == shared | {name for name in names if name != "input->a0.g1.k"}
+    assert any(f"5 of {wiring.n_edges} edges · 3 heads" in text for text in texts(figure))
+    assert {"a0.h2", "a0.h3", "a1.h1"} <= set(texts(figure))
+
+
 def test_sign_is_dashed_width_is_magnitude_and_colour_is_port(circuit):
     drawn = curves(draw(circuit))
     weights = {f"{w}->{r}": circuit.edges[w, r]["weight"] for w, r in circuit.edges_kept}

@@ -12,12 +12,14 @@ from circuits.discovery.relp import SLOPE_AT_ZERO, chord, half, mlp_rule, relp
 from circuits.wiring import Wiring
 from circuits.writes import Writes
 from mechinterp.cache import ActivationCache
+from mechinterp.models.attention import Heads, soft_cap
 from mechinterp.models.compiled import COMPILED
 from mechinterp.models.transformer import ACTIVATIONS, Transformer
 from mechinterp.models.weights import Weights
+from mechinterp.nodes import Node
 from mechinterp.sites import Site
 
-RULES = ("ln_rule", "activation_rule", "attention_rule")
+RULES = ("ln_rule", "activation_rule", "attention_rule")  # and the half rule with every other choice of these
 OFF = dict.fromkeys(("ln_rule", "activation_rule", "half_rule", "attention_rule"), False)
 ALL = dict.fromkeys(OFF, True)
 
@@ -26,46 +28,54 @@ def without_biases(model: Transformer) -> Transformer:
     named = model.weights.named()
     return Transformer(
         Weights.from_named(
-            model.config, {name: tensor * (not name.split(".")[-1].startswith("b")) for name, tensor in named.items()}
+            model.config,
+            {name: tensor * (not name.split(".")[-1].lstrip("_").startswith("b")) for name, tensor in named.items()},
         )
     )
 
 
-def plain_logits(model: Transformer, tokens, bumps, ln_rule=False, activation_rule=False, attention_rule=False):
+def plain_logits(model, tokens, bumps, *, ln_rule=False, activation_rule=False, half_rule=False, attention_rule=False):
     """Every reader takes a stream of its own, the residual stream plus its bump; rules are detaches."""
     config, weights, bumps = model.config, model.weights, iter(bumps)
 
-    def normalized(x, norm):
+    def normalized(x, norm, centred=config.centred):
         if norm is None:
             return x
-        centred = x - x.mean(-1, keepdim=True)
+        centred = x - x.mean(-1, keepdim=True) if centred else x
         sigma = (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
         y = centred / (sigma.detach() if ln_rule else sigma)
         return y * (1 if norm.w is None else norm.w) + (0 if norm.b is None else norm.b)
 
-    x = weights.W_E[tokens] + weights.W_pos[: tokens.shape[1]]
-    hidden = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
+    def of_heads(x, norm):
+        whole = config.qk_norm == "all"
+        return normalized(x.flatten(2) if whole else x, norm, centred=False).view_as(x)
+
+    def bent(f, x):
+        return x * (f(x) / x).detach() if activation_rule else f(x)
+
+    x = model.embed(tokens)
     for layer, block in enumerate(weights.blocks):
-        q, k, v = (
-            [
-                normalized(x + next(bumps), block.ln1) @ weights.projection(layer)[port, head]
-                + weights.projection_bias(layer)[port, head]
-                for head in range(config.n_heads)
-            ]
-            for port in range(3)
-        )
-        after = x + block.b_O
-        for head in range(config.n_heads):
-            pattern = (q[head] @ k[head].mT * config.scale).masked_fill(hidden, -torch.inf).softmax(-1)
-            pattern = pattern.detach() if attention_rule else pattern
-            after = after + pattern @ v[head] @ weights.W_O(layer)[head]
+        heads = Heads(config, layer, torch.arange(tokens.shape[1])[None])
+        matrices = zip(weights.ports(layer), weights.port_biases(layer), strict=True)
+        ports = torch.stack([normalized(x + next(bumps), block.ln1) @ W + b for W, b in matrices], dim=2)
+        q, k, v = ports.split([config.n_heads, config.n_groups, config.n_groups], dim=2)
+        q, k = heads.turn_q(of_heads(q, block.q_norm)), heads.turn_k(of_heads(k, block.k_norm))
+        pattern = heads.scores(q, k).softmax(-1)
+        pattern = pattern.detach() if attention_rule else pattern
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, heads.for_every_head(v))
+        after = x + normalized(z.flatten(2) @ block.W_O + block.b_O, block.ln1_post)
         if config.has_mlp:
-            pre = normalized((x if config.parallel else after) + next(bumps), block.ln2) @ block.W_in + block.b_in
-            post = ACTIVATIONS[config.activation](pre)
-            post = pre * (post / pre).detach() if activation_rule else post
-            after = after + post @ block.W_out + block.b_out
+            read = normalized((x if config.parallel else after) + next(bumps), block.ln2)
+            linear = read @ block.W_in + block.b_in
+            post = bent(ACTIVATIONS[config.activation], read @ block.W_gate + block.b_gate if config.gated else linear)
+            if config.gated:
+                post = post * linear
+                post = half(post) if half_rule else post
+            after = after + normalized(post @ block.W_out + block.b_out, block.ln2_post)
         x = after
-    return normalized(x + next(bumps), weights.ln_final) @ weights.W_U + weights.b_U
+    logits = normalized(x + next(bumps), weights.ln_final) @ weights.W_U + weights.b_U
+    cap = config.logit_soft_cap
+    return logits if cap is None else bent(lambda x: soft_cap(x, cap), logits)
 
 
 def plain_relp(model: Transformer, task, **rules) -> np.ndarray:
@@ -81,7 +91,7 @@ def plain_relp(model: Transformer, task, **rules) -> np.ndarray:
 
 @pytest.mark.parametrize("chosen", list(product([False, True], repeat=len(RULES))))
 def test_each_rule_is_what_autograd_makes_of_the_detach(model, make_task, chosen):
-    task, rules = make_task(model), dict(zip(RULES, chosen, strict=True))
+    task, rules = make_task(model), dict(zip(RULES, chosen, strict=True), half_rule=sum(chosen) % 2 == 0)
     expected = plain_relp(model, task, **rules)
     np.testing.assert_allclose(relp(model, task, **rules).values, expected, atol=1e-11 * np.abs(expected).max())
 
@@ -113,29 +123,33 @@ def test_a_held_pattern_sends_nothing_to_queries_and_keys(plain, make_task):
     assert scores.values[ports == "v"].all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("variant", ["plain", "attention_only", "parallel", "no_norm", "folded"])
-def test_relevance_is_conserved(make_model, make_task, variant, activation):
+def test_relevance_is_conserved(model, make_task):
     """All rules, no biases, zero ablation: what flows into a part flows out of it, and the input sends the whole metric."""
-    model = without_biases(make_model(variant, activation=activation))
+    model = without_biases(model)
     task = make_task(model)
     metric = task.metric(model.run(task.prompts.clean, logits_at=task.prompts.end)[0], task.prompts).mean().item()
     into, out = flows(relp(model, task, ablation="zero", **ALL))
     np.testing.assert_allclose(out[1:], into[1:], atol=1e-12 * np.abs(out).max())
     assert out[0] == pytest.approx(metric, rel=1e-10)
-    if variant != "attention_only":
+    if model.config.has_mlp:
         into, out = flows(relp(model, task, ablation="zero", **ALL | {"attention_rule": False}))
         assert np.abs(out[1:] - into[1:]).max() > 1e-3 * np.abs(out).max()
 
 
 def flows(scores) -> tuple[np.ndarray, np.ndarray]:
-    """What each writer's own readers took in, and what it sent."""
-    writers = {writer: index for index, writer in enumerate(scores.wiring.writers)}
-    into = np.zeros(len(writers))
-    for value, (_, reader) in zip(scores.values, scores.wiring.edges, strict=True):
+    """What the readers of each writer took in, and what it sent; heads that share keys and values taken together."""
+    a_group = scores.wiring.n_heads // scores.wiring.n_groups
+
+    def module(node):
+        return Node.group(node.layer, node.index // a_group) if node.kind == "head" else node.with_port(None)
+
+    into = dict.fromkeys(map(module, scores.wiring.writers), 0.0)
+    out = dict(into)
+    for value, (writer, reader) in zip(scores.values, scores.wiring.edges, strict=True):
+        out[module(writer)] += value
         if reader.kind != "logits":
-            into[writers[reader.with_port(None)]] += value
-    return into, scores.nodes
+            into[module(reader)] += value
+    return np.array([*into.values()]), np.array([*out.values()])
 
 
 def test_every_activation_has_its_slope_at_zero():
@@ -164,7 +178,7 @@ def test_half_keeps_the_value_and_halves_the_gradient():
 
 
 def test_a_gated_product_shares_its_relevance_between_its_factors(plain):
-    """The engine has no gated MLP yet; where a pass records the factor that is gated, the patch counts it."""
+    """Where a pass records the factor that is gated, the patch counts it."""
     pre, linear = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     post = ACTIVATIONS["silu"](pre) * linear
     cache = ActivationCache({Site("mlp_pre", 0): pre, Site("mlp_pre_linear", 0): linear}, plain.weights)

@@ -156,8 +156,11 @@ def test_an_edit_anywhere_is_the_patch_on_whole_prompts(planted, broken, at, sha
     assert looks[TARGETS] == looks["S1"]
 
 
-def test_models_that_see_ahead_are_edited_on_whole_prompts(make_model, make_task):
-    model = make_model(causal=False)
+@pytest.mark.parametrize(
+    ("variant", "facts"), [("plain", {"causal": False}), ("llama", {}), ("gemma2", {}), ("olmo2", {}), ("mpt", {})]
+)
+def test_models_of_every_kind_are_edited_as_whole_prompts_are(make_model, make_task, variant, facts):
+    model = make_model(variant, **facts)
     task = make_task(model)
     to = torch.tensor([[1, 3]]).repeat(len(task), 1)
     found = repair(model, task, ["a1.h2"], to, n_random=0)
@@ -178,7 +181,30 @@ def test_direct_logit_attributions_and_the_rest_of_the_stream_sum_to_the_logit_d
     direct = direct / cache["ln_final_scale"].reshape(-1) if scale else direct
     nothing = torch.zeros_like(stream) if weights.ln_final is None or weights.ln_final.b is None else weights.ln_final.b
     constant = nothing.expand_as(stream) @ weights.W_U + weights.b_U
+    if (cap := model.config.logit_soft_cap) is not None:
+        logits = cap * torch.atanh(logits / cap)
     torch.testing.assert_close(direct + task.metric(constant, prompts), task.metric(logits, prompts))
+
+
+def test_what_later_heads_add_directly_is_lost_with_what_they_write(model, make_task):
+    """The attributions that a repair reports, each against a run without that write, the scale held and before a soft cap."""
+    task, config = make_task(model), model.config
+    prompts, to, last = task.prompts, torch.tensor([[1, 3]]).repeat(5, 1), config.n_layers - 1
+    downstream = {effect.head: effect for effect in repair(model, task, ["a1.h2"], to, n_random=0).downstream}
+    assert len(downstream) == config.n_heads
+    sites = [f"mlp_out.{last}"] * config.has_mlp + ["ln_final_scale"] * (config.normalization != "none")
+    whole, cache = model.run(prompts.clean, record=sites, logits_at=prompts.end)
+    held = {site: lambda _, __, site=site: cache[site] for site in sites}
+
+    def uncapped(logits):
+        cap = config.logit_soft_cap
+        return logits if cap is None else cap * torch.atanh(logits / cap)
+
+    for head in range(config.n_heads):
+        silence = {f"{config.write_site}.{last}": lambda z, _, h=head: z * (torch.arange(config.n_heads) != h)[:, None]}
+        silent, _ = model.run(prompts.clean, patch=silence | held, logits_at=prompts.end)
+        lost = task.metric(uncapped(whole), prompts) - task.metric(uncapped(silent), prompts)
+        assert downstream[f"a{last}.h{head}"].before == pytest.approx(float(lost.mean()), abs=1e-9)
 
 
 def test_positions_may_leave_out_what_differs_from_prompt_to_prompt(planted):

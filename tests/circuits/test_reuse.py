@@ -30,9 +30,9 @@ def found(request, plain, tasks) -> Reuse:
     return compare_tasks(plain, tasks, request.param, **QUICK)
 
 
-@pytest.fixture(scope="module")
-def circuits(plain, tasks) -> dict[str, Circuit]:
-    return circuits_at(score_tasks(plain, tasks, "eap", allow_unsolved=True), 0.1)
+@pytest.fixture(scope="module", params=["plain", "llama"])
+def circuits(request, make_model, tasks) -> dict[str, Circuit]:
+    return circuits_at(score_tasks(make_model(request.param), tasks, "eap", allow_unsolved=True), 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,18 @@ def test_what_all_share_is_the_intersection(circuits, union):
         shared_by(union, "two")
 
 
+def test_a_shared_key_that_tasks_use_for_different_edges_of_a_head_is_tied_to_that_head_alone():
+    sizes: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "n_key_value_heads": 2}
+    by_task = {name: Circuit(**sizes) for name in ("one", "other", "third")}
+    for name, edge in (("one", ("a1.h0", "logits")), ("other", ("input", "a1.h0.q")), ("third", ("a1.h1", "logits"))):
+        by_task[name].keep(*edge)
+    for name in ("one", "other"):
+        by_task[name].keep("input", "a1.g0.k")
+    shared = shared_by(union_graph(by_task), "one", "other")
+    assert [(str(start), str(end)) for start, end in shared.edges] == [("input", "a1.g0.k"), ("a1.g0.k", "a1.h0")]
+    assert all("one" in tasks_of(shared.nodes[node]) for node in shared)
+
+
 def test_the_union_of_node_circuits_has_no_weights(plain, tasks):
     union = union_graph(circuits_at(score_tasks(plain, tasks, "patching", allow_unsolved=True), 0.3))
     assert not [edge for edge in union.edges if "weight" in union.edges[edge]]
@@ -163,6 +175,7 @@ def test_the_union_of_node_circuits_has_no_weights(plain, tasks):
         ({}, "no circuit to join"),
         ({"a,b": Circuit()}, "commas stand between names"),
         ({"a": Circuit(n_layers=3), "b": Circuit(n_layers=4)}, "n_layers=3 and 'b' n_layers=4"),
+        ({"a": Circuit(n_heads=4), "b": Circuit(n_heads=4, n_key_value_heads=2)}, "'a' has n_key_value_heads=4 and 'b'"),
         ({"a": Circuit(model="x"), "b": Circuit(model="y")}, "model='x'"),
     ],
 )

@@ -59,7 +59,7 @@ def test_two_names_of_one_token_count_once(planted):
     positions = {**planted.task.prompts.positions, "IO+0": planted.task.prompts.positions["IO"]}
     task = replace(planted.task, prompts=replace(planted.task.prompts, positions=positions))
     head = Node.parse(planted.roles["mover"])
-    found = attention_roles(planted.model, task, [head], n=99)[head]
+    found = attention_roles(planted.model, task, str(head), n=99)[head]
     assert not [gaze for gaze in found if "IO+0" in (gaze.query, gaze.key)]
 
 

@@ -30,12 +30,15 @@ def test_a_circuit_with_no_edge_is_the_corrupted_run(model, make_task):
 
 
 def test_cutting_only_what_reads_a_dead_part_changes_nothing(model, make_task):
-    """A writer all of whose outgoing edges are cut may lose its incoming ones too."""
+    """A writer all of whose outgoing edges are cut may lose its incoming ones too: those that nobody else reads by. Where
+    heads share a normalisation, a head whose write nobody reads still weighs in its siblings': there, a whole layer."""
     prompts, wiring = make_task(model).prompts, Wiring.of(model.config)
-    dead = 2
-    out = wiring.edge_writer != dead
-    readers = np.array([reader.with_port(None) == wiring.writers[dead] for reader in wiring.readers])
+    is_dead = np.arange(len(wiring.writers) + 1) == 2
+    is_dead[wiring.head_slice(0)] |= model.config.has_joint_heads
+    out = ~is_dead[wiring.edge_writer]
+    readers = wiring.reads[is_dead].any(0) & ~wiring.reads[~is_dead].any(0)
     kept = np.stack([out, out & ~readers[wiring.edge_reader]])
+    assert kept[1].sum() < kept[0].sum()
     logits = run_circuits(model, prompts, kept, ABLATIONS["resample"](model, prompts))
     torch.testing.assert_close(logits[0], logits[1])
 
@@ -132,3 +135,18 @@ def test_a_small_circuit_has_few_living_parts():
     alive = Alive.of(wiring, kept, dead_carry_nothing=True)
     assert alive.writes.sum() == 1
     assert alive.reads.sum() == 1
+
+
+def test_where_heads_share_they_live_and_are_needed_together():
+    """By a group's value its head lives that somebody reads; by one normalisation all heads that somebody reads do."""
+    wiring = Wiring(2, 4, has_mlp=False, n_key_value_heads=2)
+    read = [wiring.index("a0.h1", "a1.h0.q"), wiring.index("a0.h2", "a1.h0.q"), wiring.index("a1.h0", "logits")]
+    kept = np.zeros((1, wiring.n_edges), dtype=bool)
+    kept[0, [wiring.index("input", "a0.g0.v"), wiring.index("input", "a0.h3.q"), *read]] = True
+    for joint, writers, readers in (
+        (False, ["input", "a0.h1", "a1.h0"], ["a0.g0.v", "a1.h0.q", "logits"]),
+        (True, ["input", "a0.h1", "a0.h2", "a1.h0"], ["a0.h3.q", "a0.g0.v", "a1.h0.q", "logits"]),
+    ):
+        alive = Alive.of(wiring, kept, dead_carry_nothing=True, joint=joint)
+        assert [str(wiring.writers[i]) for i in np.flatnonzero(alive.writes[0])] == writers
+        assert [str(wiring.readers[i]) for i in np.flatnonzero(alive.reads[0])] == readers

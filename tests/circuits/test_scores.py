@@ -108,9 +108,21 @@ def test_node_scores_cut_the_edges_among_the_best_parts():
     assert scores.top(6).n_edges_kept == WIRING.n_edges  # the input is kept anyway and not counted
 
 
+@pytest.mark.parametrize("wiring", [WIRING, Wiring(2, 4, n_key_value_heads=2)], ids=repr)
+def test_a_circuit_of_parts_has_those_parts_whoever_shares_their_keys(wiring):
+    values = np.random.default_rng(3).normal(size=len(wiring.writers))
+    values[0] = 0.0
+    scores = made(values, wiring, items="node")
+    for n in range(1, scores.n_selectable + 1):
+        best = [name for name, _ in scores.strongest(n)]
+        assert {str(node) for node in scores.top(n).components()} == {"input", "logits", *best}
+
+
 def test_ports_and_neurons_have_names_and_make_no_circuit():
     ports = made(np.arange(12.0), items="port")
     assert ports.strongest(1) == [("a1.h1.v", 11.0)]
+    shared = made(np.arange(16.0), Wiring(2, 4, n_key_value_heads=2), items="port")
+    assert shared.strongest(2) == [("a1.g1.v", 15.0), ("a1.g0.v", 14.0)]
     neurons = made(np.arange(10.0), items="neuron")
     assert neurons.strongest(2) == [("m1.n4", 9.0), ("m1.n3", 8.0)]
     for scores in (ports, neurons):
@@ -158,11 +170,12 @@ def test_scores_are_copied_and_cannot_be_written_to():
         scores.values[0] = 1.0
 
 
+@pytest.mark.parametrize("wiring", [WIRING, Wiring(2, 4, n_key_value_heads=2)], ids=repr)
 @pytest.mark.parametrize("items", ["edge", "node"])
-def test_what_is_saved_is_loaded_equal(tmp_path, items):
-    n_items = WIRING.n_edges if items == "edge" else len(WIRING.writers)
+def test_what_is_saved_is_loaded_equal(tmp_path, items, wiring):
+    n_items = wiring.n_edges if items == "edge" else len(wiring.writers)
     per_prompt = np.random.default_rng(2).normal(size=(3, n_items))
-    scores = made(per_prompt.mean(0), per_prompt=per_prompt, settings={"steps": 5, "grid": [0.5]}, items=items)
+    scores = made(per_prompt.mean(0), wiring, per_prompt=per_prompt, settings={"steps": 5, "grid": [0.5]}, items=items)
     scores.save(tmp_path / "scores.json")
     assert Scores.load(tmp_path / "scores.json") == scores
     assert list(tmp_path.iterdir()) == [tmp_path / "scores.json"]

@@ -39,20 +39,21 @@ def elsewhere():
 
 
 @pytest.fixture
-def named_task(make_task, plain):
+def named_task(make_task, plain):  # every variant has its vocabulary
     task = make_task(plain, n_prompts=6)
     at = torch.arange(6)
     positions = {"A": at % 3, "B": 3 + at % 2, "B+1": 4 + at % 2}
     return replace(task, prompts=replace(task.prompts, positions=positions))
 
 
-def test_shares_of_attention_from_one_query_sum_to_one(plain, named_task):
-    found = head_features(plain, named_task, batch_size=4, progress=False)
+def test_shares_of_attention_from_one_query_sum_to_one(model, named_task):
+    found = head_features(model, named_task, batch_size=4, progress=False)
+    ones = torch.ones(3, model.config.n_heads, dtype=torch.float64)
     for query in ("END", "A", "B", "B+1"):
         shares = [share for name, share in found.items() if name.startswith(f"attention: {query} -> ")]
-        assert torch.allclose(sum(shares), torch.ones(3, 3, dtype=torch.float64))
+        assert torch.allclose(sum(shares), ones)
     roles = [found[f"role: END -> {role}"] for role in ROLES]
-    assert torch.allclose(sum(roles), torch.ones(3, 3, dtype=torch.float64))
+    assert torch.allclose(sum(roles), ones)
 
 
 def test_a_share_is_the_mean_of_the_recorded_pattern(plain, named_task):
@@ -80,8 +81,8 @@ def test_what_a_head_writes_is_the_change_of_the_logits_when_it_falls_silent_and
     held = {"ln_final_scale": lambda _, __: cache["ln_final_scale"]} if has_norm else {}
     if model.config.has_mlp:
         held[f"mlp_out.{last}"] = lambda value, _: cache["mlp_out", last]
-    silent, _ = model.run(prompts.clean, patch={f"z.{last}": silence, **held}, logits_at=prompts.end)
-    lifted = whole - silent
+    silent, _ = model.run(prompts.clean, patch={f"{model.config.write_site}.{last}": silence, **held}, logits_at=prompts.end)
+    lifted = uncapped(model, whole) - uncapped(model, silent)
     lifted = lifted - lifted.mean(1, keepdim=True)
     answers, foils = (prompts.roles > 0, prompts.roles < 0)
     by_candidate = lifted.gather(1, prompts.candidates)
@@ -92,6 +93,11 @@ def test_what_a_head_writes_is_the_change_of_the_logits_when_it_falls_silent_and
         assert found[f"writes: {name}"][last, 1].item() == pytest.approx(in_deviations.item(), abs=1e-6)
     at_end = lifted[rows, prompts.clean[rows, prompts.end]].mean()
     assert found["logits: END"][last, 1].item() == pytest.approx(at_end.item(), abs=1e-8)
+
+
+def uncapped(model, logits):
+    cap = model.config.logit_soft_cap
+    return logits if cap is None else cap * torch.atanh(logits / cap)
 
 
 def test_a_head_with_its_output_turned_round_suppresses_what_it_copied(planted, measured):

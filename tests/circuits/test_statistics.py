@@ -59,9 +59,9 @@ def test_the_interval_covers_the_ratio_and_narrows_with_prompts():
     assert widths[1] < widths[0] / 5
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_every_edge_of_a_random_circuit_lies_on_a_path_from_input_to_logits(parallel):
-    wiring = Wiring(n_layers=3, n_heads=2, parallel=parallel)
+@pytest.mark.parametrize("facts", [{}, {"parallel": True}, {"n_key_value_heads": 1}])
+def test_every_edge_of_a_random_circuit_lies_on_a_path_from_input_to_logits(facts):
+    wiring = Wiring(n_layers=3, n_heads=2, **facts)
     for n_edges in (1, 2, 10, wiring.n_edges):
         for mask in random_circuits(wiring, n_edges, 5, seed=3):
             circuit = wiring.circuit(mask)
@@ -84,8 +84,9 @@ def test_a_gap_is_told_from_zero_only_when_it_can_be():
     assert not may_be_zero(1 + rng.normal(size=50))
 
 
-def test_random_circuits_differ_from_each_other_and_repeat_with_the_seed():
-    wiring = Wiring(n_layers=2, n_heads=3)
+@pytest.mark.parametrize("n_groups", [None, 1])
+def test_random_circuits_differ_from_each_other_and_repeat_with_the_seed(n_groups):
+    wiring = Wiring(n_layers=2, n_heads=3, n_key_value_heads=n_groups)
     first = random_circuits(wiring, 12, 4, seed=0)
     assert len({mask.tobytes() for mask in first}) == 4
     np.testing.assert_array_equal(first, random_circuits(wiring, 12, 4, seed=0))

@@ -265,7 +265,7 @@ def carries_a_change(name, ablation) -> set[str]:
         elif node.kind == "mlp":
             seen = brought @ weights.blocks[node.layer].W_in
         else:
-            W_Q, W_K, W_V = weights.projection(node.layer)[:, node.index]
+            W_Q, W_K, W_V = (weights.port(node.layer, node.index, port)[0] for port in "qkv")
             W_O = weights.W_O(node.layer)[node.index]
             seen = brought @ {"q": W_Q @ W_K.T, "k": W_K @ W_Q.T, "v": W_V @ W_O}[node.port]
         found |= {edge} if seen.abs().max() > EFFECT else set()

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from circuits import Wiring
+from circuits import Circuit, Wiring
 from mechinterp.errors import CircuitError, UnknownNode
 from mechinterp.nodes import Node
 
+SHARED = Wiring(2, 4, n_key_value_heads=2)
 SHAPES = [Wiring(1, 1), Wiring(2, 3), Wiring(2, 3, has_mlp=False), Wiring(3, 2, parallel=True)]
+SHAPES += [SHARED, Wiring(2, 3, has_mlp=False, n_key_value_heads=1), Wiring(2, 4, parallel=True, n_key_value_heads=2)]
 
 
 def test_gpt2_small_has_157_writers_445_readers_and_32491_edges():
@@ -34,6 +36,38 @@ def test_the_smallest_wiring_can_be_written_down():
 def test_readers_of_a_layer_come_port_by_port():
     readers = [str(node) for node in Wiring(1, 2).readers]
     assert readers == ["a0.h0.q", "a0.h1.q", "a0.h0.k", "a0.h1.k", "a0.h0.v", "a0.h1.v", "m0", "logits"]
+
+
+def test_a_key_that_heads_share_is_one_reader():
+    readers = [str(node) for node in Wiring(1, 4, has_mlp=False, n_key_value_heads=2).readers]
+    assert readers == [*(f"a0.h{head}.q" for head in range(4)), "a0.g0.k", "a0.g1.k", "a0.g0.v", "a0.g1.v", "logits"]
+    assert Wiring(2, 4, n_key_value_heads=4) == Wiring(2, 4)
+
+
+@pytest.mark.parametrize("wiring", SHAPES, ids=repr)
+def test_slices_reads_and_owners_tell_the_same_readers(wiring):
+    parts = [*wiring.writers, Node.logits()]
+    for r, reader in enumerate(wiring.readers):
+        assert wiring.owners(reader) == tuple(part for part, reads in zip(parts, wiring.reads[:, r], strict=True) if reads)
+        if reader.port:
+            assert reader in wiring.readers[wiring.port_slice(reader.layer, reader.port)]
+        if reader.kind == "mlp":
+            assert wiring.mlp_reader(reader.layer) == r
+    assert wiring.reads[1:].sum(1).tolist() == [3 if part.kind == "head" else 1 for part in parts[1:]]
+    for edges, reads in zip(wiring.edges_into, wiring.reads, strict=True):
+        assert edges.tolist() == [edge for edge, r in enumerate(wiring.edge_reader) if reads[r]]
+
+
+@pytest.mark.parametrize("wiring", SHAPES, ids=repr)
+def test_groups_are_the_wiring_with_the_keys_and_values_of_a_group_made_one(wiring):
+    """As many edges as ungrouped, but for what the heads of a group share: those stand there once."""
+    own = Wiring(wiring.n_layers, wiring.n_heads, wiring.has_mlp, wiring.parallel)
+    shared = {edge: (edge[0], edge[1]) for edge in own.edges}
+    for writer, reader in own.edges:
+        if wiring.n_groups < wiring.n_heads and reader.port in ("k", "v"):
+            group = Node.group(reader.layer, reader.index // wiring.heads_a_group, reader.port)
+            shared[writer, reader] = (writer, group)
+    assert list(dict.fromkeys(shared.values())) == list(wiring.edges)
 
 
 @pytest.mark.parametrize("wiring", SHAPES, ids=repr)
@@ -67,9 +101,56 @@ def test_mask_and_circuit_are_inverse(wiring):
         assert circuit.edges_kept == [edge for edge, kept in zip(wiring.edges, mask, strict=True) if kept]
 
 
+@pytest.mark.parametrize("wiring", SHAPES, ids=repr)
+def test_made_by_hand_in_any_order_a_circuit_is_the_same(wiring):
+    rng = np.random.default_rng(1)
+    for share in (0.02, 0.1, 0.5, 1.0):
+        circuit, by_hand = wiring.circuit(rng.random(wiring.n_edges) < share), Circuit(**wiring.facts)
+        for edge in rng.permutation(len(circuit.edges_kept)):
+            by_hand.keep(*circuit.edges_kept[edge])
+        assert set(by_hand.nodes) == set(circuit.nodes)
+        assert set(by_hand.edges) == set(circuit.edges)
+
+
+@pytest.mark.parametrize("wiring", SHAPES, ids=repr)
+def test_pruning_leaves_a_circuit_of_the_wiring(wiring):
+    rng = np.random.default_rng(2)
+    for share in (0.1, 0.3):
+        pruned = wiring.circuit(rng.random(wiring.n_edges) < share).pruned()
+        again = wiring.circuit(wiring.mask(pruned))
+        assert set(again.nodes) == set(pruned.nodes)
+        assert set(again.edges) == set(pruned.edges)
+        assert pruned.pruned().n_edges_kept == pruned.n_edges_kept
+
+
+@pytest.mark.parametrize(
+    ("kept", "heads"),
+    [
+        (["input->a0.g1.k"], ["a0.h2", "a0.h3"]),  # it hangs in the air, as a key of a head's own would
+        (["input->a0.g1.k", "a0.h0->logits"], ["a0.h2", "a0.h3"]),
+        (["input->a0.g1.k", "a0.h3->logits"], ["a0.h3"]),
+        (["input->a0.g1.k", "input->a0.h2.q"], ["a0.h2"]),
+        (["input->a0.g1.k", "input->a0.h2.q", "a0.h3->m1"], ["a0.h2", "a0.h3"]),
+    ],
+)
+def test_a_shared_key_leads_to_the_heads_that_the_circuit_uses(kept, heads):
+    circuit = SHARED.circuit(np.isin(SHARED.edge_names, kept))
+    assert [str(head) for head in sorted(circuit.successors(Node.group(0, 1, "k")))] == heads
+
+
 def test_a_config_without_mlp_has_a_wiring_without_mlps():
     config = SimpleNamespace(n_layers=2, n_heads=3, d_mlp=None, parallel=False)
     assert Wiring.of(config) == Wiring(2, 3, has_mlp=False)
+
+
+def test_the_wiring_of_every_model_has_the_ports_of_its_weights(model):
+    wiring = Wiring.of(model.config)
+    for layer in range(model.config.n_layers):
+        here = wiring.port_slice(layer)
+        assert here.stop - here.start == len(model.weights.ports(layer))
+        for port, weights in zip("qkv", (model.weights.W_Q, model.weights.W_K, model.weights.W_V), strict=True):
+            here = wiring.port_slice(layer, port)
+            assert here.stop - here.start == len(weights(layer))
 
 
 def test_an_unknown_part_is_met_with_the_nearest_known_one():
@@ -80,6 +161,26 @@ def test_an_unknown_part_is_met_with_the_nearest_known_one():
 def test_a_whole_head_is_not_a_reader_and_a_port_is_the_hint():
     with pytest.raises(UnknownNode, match=r"'a9\.h6' is not a reader here.*Did you mean 'a9\.h6\.q'"):
         Wiring(12, 12).index("m4", "a9.h6")
+
+
+@pytest.mark.parametrize(
+    ("wiring", "name", "hint"),
+    [
+        (SHARED, "a1.h3.k", r"in 2 groups \(0\.\.1\).*Did you mean 'a1\.g1\.k', which its group shares\?"),
+        (SHARED, "a7.h9.v", r"Did you mean 'a1\.g1\.v', which its group shares"),
+        (SHARED, "a0.g5.k", r"Did you mean 'a0\.g1\.k'\?"),
+        (SHARED, "a0.g1", r"name a head, or 'a0\.g1\.k'"),
+        (Wiring(2, 4), "a0.g1.k", r"a key and a value of its own. Did you mean 'a0\.h1\.k'"),
+    ],
+)
+def test_who_shares_a_key_is_told(wiring, name, hint):
+    with pytest.raises(UnknownNode, match=rf"'{name}' is not a reader here.*{hint}"):
+        wiring.index("input", name)
+
+
+def test_a_group_writes_nothing():
+    with pytest.raises(UnknownNode, match=r"'a0\.g1\.k' is not a writer here.*Heads of a group share a k and a v and no more"):
+        SHARED.index("a0.g1.k", "logits")
 
 
 def test_an_edge_against_the_flow_says_which_part_is_computed_first():
@@ -100,6 +201,18 @@ def test_positions_are_not_part_of_a_wiring():
 def test_a_circuit_of_another_model_is_refused():
     with pytest.raises(CircuitError, match="n_layers=2, this one has n_layers=3"):
         Wiring(3, 2).mask(Wiring(2, 2).circuit(np.ones(Wiring(2, 2).n_edges, dtype=bool)))
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(SHARED, Wiring(2, 4)), (Wiring(2, 4), SHARED)], ids=repr)
+def test_a_circuit_of_another_grouping_is_refused(mine, theirs):
+    told = f"n_key_value_heads={theirs.n_groups}, this one has n_key_value_heads={mine.n_groups}"
+    with pytest.raises(CircuitError, match=told):
+        mine.mask(theirs.circuit(np.isin(theirs.edge_names, "input->logits")))
+
+
+def test_heads_that_cannot_share_evenly_are_refused():
+    with pytest.raises(CircuitError, match="3 heads cannot share 2 keys"):
+        Wiring(2, 3, n_key_value_heads=2)
 
 
 def test_a_mask_of_the_wrong_length_is_refused():

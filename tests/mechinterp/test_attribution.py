@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,19 +29,23 @@ def logit_difference(model, tokens, answer, foil, embed=None):
     return float(logits[0, words[0]] - logits[0, words[1]])
 
 
-def test_exact_rules_are_the_effect_of_taking_a_word_away(builtin):
-    tokens = torch.tensor([builtin.tokenizer.encode(TEXT)])
-    found = decompose(builtin, TEXT, answer=" Mary", foil=" John", rules="exact")
-    clean = logit_difference(builtin, tokens, " Mary", " John")
+@pytest.mark.parametrize("variant", ["builtin", "llama", "gemma2", "olmo2", "mpt"])
+def test_exact_rules_are_the_effect_of_taking_a_word_away(builtin, make_model, variant):
+    model = builtin
+    if variant != "builtin":
+        model = replace(make_model(variant, d_vocab=builtin.config.d_vocab, n_ctx=30), tokenizer=builtin.tokenizer)
+    tokens = torch.tensor([model.tokenizer.encode(TEXT)])
+    found = decompose(model, TEXT, answer=" Mary", foil=" John", rules="exact")
+    clean = logit_difference(model, tokens, " Mary", " John")
     assert found.difference == pytest.approx(clean, abs=1e-4)
-    weights = builtin.weights
+    weights, scale = model.weights, model.config.embed_scale or 1.0
     for at in (3, 5, 11):
 
         def without(stream, at=at):
-            stream[:, at] = weights.W_E.mean(0) + weights.W_pos[at]
+            stream[:, at] = weights.W_E.mean(0) * scale + (0 if weights.W_pos is None else weights.W_pos[at])
             return stream
 
-        fall = clean - logit_difference(builtin, tokens, " Mary", " John", without)
+        fall = clean - logit_difference(model, tokens, " Mary", " John", without)
         assert found.scores[at] == pytest.approx(fall, abs=1e-3)
 
 

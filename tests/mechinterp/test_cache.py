@@ -37,12 +37,21 @@ def test_the_cache_is_read_only(cache):
         cache["z", 1] = torch.zeros(1)
 
 
-def test_what_all_writers_wrote_is_the_residual_stream(plain, cache):
-    heads = [Node.head(layer, head) for layer in range(3) for head in range(3)]
-    writers = [Node.input(), *heads, *(Node.mlp(layer) for layer in range(3))]
-    biases = sum(block.b_O for block in plain.weights.blocks)
+def test_what_all_writers_wrote_is_the_residual_stream(model, tokens):
+    """Heads, whatever normalises what they write together, MLPs, the input and the biases of attention."""
+    config = model.config
+    record = ["embed", *["pos_embed"] * config.learned_positions, config.write_site, *["mlp_out"] * config.has_mlp]
+    _, cache = model.run(tokens, record=[*record, "resid_post"])
+    writers = [Node.input(), *(Node.head(layer, head) for layer in range(3) for head in range(config.n_heads))]
+    writers += [Node.mlp(layer) for layer in range(3 * config.has_mlp)]
+    biases = sum(block.b_O for block in model.weights.blocks)
     assert_close(sum(cache.output(node) for node in writers) + biases, cache["resid_post", 2])
     assert torch.equal(cache.output("a1.h2"), cache.output(Node.head(1, 2)))
+
+
+def test_what_transformer_lens_does_not_have_is_left_out_under_its_names(make_model, tokens):
+    _, cache = make_model("gemma2").run(tokens, record=["z", "z_written", "logits"])
+    assert set(cache.to_transformer_lens()) == {f"blocks.{layer}.attn.hook_z" for layer in range(3)}
 
 
 @pytest.mark.parametrize("node", ["logits", "f0.3", "a0.h1.q"])

@@ -11,12 +11,17 @@ from mechinterp.decomposition.propagate import TARGETS
 from mechinterp.decomposition.rules import SLOPE_AT_ZERO
 from mechinterp.decomposition.sources import INPUT, site_of
 from mechinterp.errors import ModelError, TaskError, UnknownNode, UnknownSite
+from mechinterp.models.normalization import scale_of
+from mechinterp.models.rotary import rotate
 from mechinterp.models.transformer import ACTIVATIONS, Transformer
 from mechinterp.models.weights import Weights
 from mechinterp.sites import Site, all_sites
 from mechinterp.store import ActivationStore
 
-FAMILIES = ("plain", "attention_only", "parallel", "no_norm", "folded", "bidirectional", "relu")
+FAMILIES = (
+    *("plain", "attention_only", "parallel", "no_norm", "folded", "bidirectional", "relu"),
+    *("llama", "qwen3", "olmo2", "gemma2", "gptj", "mpt"),
+)
 LOGITS = Site("logits")
 
 
@@ -72,22 +77,26 @@ def test_relevance_alone_within_a_known_pass_is_what_both_parts_give(family, tok
     reference, targets, named = mean_reference(family, others), targets_of(family), some_sources(family)
     sources = parse_sources(family.config, named, *tokens.shape)
     expected = both_parts(family, tokens, sources, targets, RULE_SETS[rules], reference=reference)
-    for memory in (1, 40_000, None):  # one source at a time, some, all
-        found = relevant(family, tokens, named, targets, rules, reference, memory=memory)
-        for site in targets:
-            scale = max(1.0, float(expected[site].relevant.abs().max()))
-            torch.testing.assert_close(found[site], expected[site].relevant, rtol=0, atol=1e-11 * scale)
+    found = relevant(family, tokens, named, targets, rules, reference)
+    for site in targets:
+        scale = max(1.0, float(expected[site].relevant.abs().max()))
+        torch.testing.assert_close(found[site], expected[site].relevant, rtol=0, atol=1e-11 * scale)
 
 
 # Ablation
 
 
-def ablated(model: Transformer, tokens, source: Source, reference, held: list[Site]) -> torch.Tensor:
-    """Logits with the source's parts replaced through the engine's patches, and the sites in ``held`` as in the clean run."""
-    _, clean = model.run(tokens, record=held)
-    patch = {site: (lambda value, _, site=site: clean[site]) for site in held}
+def ablated(model: Transformer, tokens, source: Source, reference, held: tuple[str, ...]) -> torch.Tensor:
+    """Logits with the source's parts replaced through the engine's patches, and what ``held`` names as in the clean run."""
+    sites = [site for site in all_sites(model.config) if held and site.name.endswith(held)]
+    _, clean = model.run(tokens, record=[*sites, "q", "k"])
+    patch = {site: (lambda value, _, site=site: clean[site]) for site in sites}
+    if held and model.config.qk_norm != "none":
+        meet = [Site(name, layer) for layer in range(model.config.n_layers) for name in ("rot_q", "rot_k")]
+        patch |= {site: (lambda _, cache, site=site: by_clean_scale(model, site, cache, clean)) for site in meet}
     for node in source.nodes:
-        site, before = site_of(node), patch.get(site_of(node))
+        site = site_of(model.config, node)
+        before = patch.get(site)
 
         def replaced(value, cache, node=node, site=site, before=before):
             value = (value if before is None else before(value, cache)).clone()
@@ -98,41 +107,55 @@ def ablated(model: Transformer, tokens, source: Source, reference, held: list[Si
             return torch.where(where, reference[site], value)
 
         patch[site] = replaced
-    return model.run(tokens, patch=patch)[0]
+    return model.run(tokens, patch=patch, record=["q", "k"])[0]
+
+
+def by_clean_scale(model: Transformer, site: Site, cache, clean) -> torch.Tensor:
+    """Queries or keys of this pass, divided by the scale that the clean pass has in their normalisation, and turned."""
+    port, config = site.name[-1], model.config
+    norm = getattr(model.weights.blocks[site.layer], f"{port}_norm")
+    of, whole = (run[port, site.layer].flatten(-2 if config.qk_norm == "all" else -1) for run in (cache, clean))
+    normed = of / scale_of(whole, config) * norm.w
+    return rotate(normed.view(cache[port, site.layer].shape), torch.arange(of.shape[1])[None], config.rotary_of(site.layer))
 
 
 @pytest.mark.parametrize(("rules", "held"), [("exact", ()), ("tail", ("scale",)), ("held", ("scale", "pattern"))])
 def test_it_is_the_effect_of_mean_ablation_with_what_the_rules_hold_held(family, tokens, others, rules, held):
     reference, named = mean_reference(family, others), some_sources(family)
-    sites = [site for site in all_sites(family.config) if site.name.endswith(tuple(held))] if held else []
     clean, _ = family.run(tokens)
     found = relevant(family, tokens, named, [LOGITS], rules, reference)[LOGITS]
     for row, source in zip(found, parse_sources(family.config, named, *tokens.shape), strict=True):
-        expected = clean - ablated(family, tokens, source, reference, sites)
+        expected = clean - ablated(family, tokens, source, reference, held)
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-10)
 
 
 def test_linear_rules_are_one_backward_pass_with_detaches(family, tokens):
-    """Gradient times deviation, scales, patterns and slopes held: relevance patching."""
-    config, heads = family.config, [f"a{layer}.h{head}" for layer in range(3) for head in range(3)]
+    """Gradient times deviation, scales, patterns and slopes held, half of a product to each factor: relevance patching."""
+    config, heads = family.config, [f"a{layer}.h{head}" for layer in range(3) for head in range(family.config.n_heads)]
     held = [site for site in all_sites(config) if site.name.endswith(("scale", "pattern"))]
-    _, clean = family.run(tokens, record=[*held, "z", *(["mlp_pre"] if config.has_mlp else [])])
-    slopes = {"gelu_new": 0.5, "relu": 0.0}
-    f = ACTIVATIONS[config.activation]
+    hidden = [site for site in all_sites(config) if site.name in ("mlp_pre", "mlp_pre_linear")]
+    leaves = {Site(config.write_site, layer): None for layer in range(3)}
+    _, clean = family.run(tokens, record=leaves)
+    leaves = {site: clean[site].clone().requires_grad_() for site in leaves}
 
-    def chord(_, cache, layer):
-        pre = cache[Site("mlp_pre", layer)]
-        return pre * torch.where(pre == 0, slopes[config.activation], f(pre) / pre).detach()
+    def chord(pre, post, slope_at_zero):
+        return pre * torch.where(pre == 0, slope_at_zero, post / pre).detach()
+
+    def mlp_rule(_, cache, layer):
+        pre = cache["mlp_pre", layer]
+        a = chord(pre, ACTIVATIONS[config.activation](pre), SLOPE_AT_ZERO[config.activation])
+        u = cache["mlp_pre_linear", layer] if config.gated else None
+        return a if u is None else (a * u.detach() + a.detach() * u) / 2
 
     patch = {site: (lambda value, _: value.detach()) for site in held}
-    patch |= {Site("mlp_post", n): (lambda value, cache, n=n: chord(value, cache, n)) for n in range(3) if config.has_mlp}
-    leaves = {Site("z", layer): clean["z", layer].clone().requires_grad_() for layer in range(3)}
+    patch |= {Site("mlp_post", n): (lambda value, cache, n=n: mlp_rule(value, cache, n)) for n in range(3) if config.has_mlp}
     shift = {site: (lambda value, _, site=site: value + leaves[site] - leaves[site].detach()) for site in leaves}
-    record = ["mlp_pre"] if config.has_mlp else []
-    logits, _ = family.run(tokens, patch=patch | shift, record=record)
+    uncapped = Transformer(replace(family.weights, config=replace(config, logit_soft_cap=None)))
+    logits, _ = uncapped.run(tokens, patch=patch | shift, record=hidden)
+    logits = chord(logits, family.capped(logits), 1.0)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=logits.dtype)
     gradients = torch.autograd.grad((logits * weights).sum(), list(leaves.values()))
-    expected = [(g * leaves[site]).sum((0, 1, 3)) for site, g in zip(leaves, gradients, strict=True)]
+    expected = [(g * leaf).sum((0, 1, 3)) for leaf, g in zip(leaves.values(), gradients, strict=True)]
     found = relevant(family, tokens, heads, [LOGITS], "linear", None)[LOGITS]
     torch.testing.assert_close((found * weights).sum((1, 2, 3)), torch.cat(expected).detach(), rtol=0, atol=1e-10)
 
@@ -141,22 +164,21 @@ def test_linear_rules_are_one_backward_pass_with_detaches(family, tokens):
 
 
 @pytest.mark.parametrize("rules", RULE_SETS)
-def test_nothing_is_relevant_before_the_source_acts(plain, tokens, others, rules):
+def test_nothing_is_relevant_before_the_source_acts(model, tokens, others, rules):
     """Both parts carried: exactly zero, not as a difference of large numbers."""
-    reference, targets = mean_reference(plain, others), targets_of(plain)
-    sources = parse_sources(plain.config, ["a1.h2@4", "input"], *tokens.shape)
-    found = both_parts(plain, tokens, sources, targets, RULE_SETS[rules], reference=reference)
+    reference, targets, acts = mean_reference(model, others), targets_of(model), Site(model.config.write_site, 1)
+    sources = parse_sources(model.config, ["a1.h2@4", "input"], *tokens.shape)
+    found = both_parts(model, tokens, sources, targets, RULE_SETS[rules], reference=reference)
     for site in targets:
-        early = site.layer is not None and (site.layer < 1 or (site.layer == 1 and site.name in ("resid_pre", "q", "k", "v")))
+        early = site.order < acts.order
         dead = found[site].relevant[0] if early else found[site].relevant[0, :, :4]
         assert dead.abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("rules", ["paper", "frozen"])
-def test_where_everything_is_relevant_nothing_is_left_of_the_rest(plain, tokens, rules):
-    found = both_parts(
-        plain, tokens, parse_sources(plain.config, ["input"], *tokens.shape), targets_of(plain), RULE_SETS[rules], reference={}
-    )
+def test_where_everything_is_relevant_nothing_is_left_of_the_rest(model, tokens, rules):
+    sources = parse_sources(model.config, ["input"], *tokens.shape)
+    found = both_parts(model, tokens, sources, targets_of(model), RULE_SETS[rules], reference={})
     for split in found.values():
         assert split.irrelevant.abs().max() < 1e-12
 
@@ -169,6 +191,12 @@ def test_held_attention_adds_over_tokens_and_recomputed_attention_does_not(make_
         difference = (found[:-1].sum(0) - found[-1]).abs().max()
         assert (difference < 1e-12) == adds
         assert adds or difference > 0.1
+
+
+def test_under_linear_rules_tokens_add_up(model, tokens):
+    singles = [f"input@{at}" for at in range(7)]
+    found = relevant(model, tokens, [*singles, singles], [LOGITS], "linear", None)[LOGITS]
+    torch.testing.assert_close(found[:-1].sum(0), found[-1], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("rules", ["tail", "exact", "held", "linear"])
@@ -208,6 +236,15 @@ def fold_gains(model: Transformer) -> Transformer:
 # Savings
 
 
+@pytest.mark.parametrize("memory", [1, 40_000])
+@pytest.mark.parametrize("rules", RULE_SETS)
+def test_how_many_sources_stand_side_by_side_changes_nothing(plain, tokens, others, rules, memory):
+    reference, targets, named = mean_reference(plain, others), targets_of(plain), some_sources(plain)
+    found, expected = (relevant(plain, tokens, named, targets, rules, reference, memory=m) for m in (memory, None))
+    for site in targets:
+        torch.testing.assert_close(found[site], expected[site], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("rules", RULE_SETS)
 def test_logits_at_each_prompts_end_of_its_own_tokens(family, tokens, others, rules):
     """Also where a source begins behind some prompt's END: nothing of it arrives there."""
@@ -245,13 +282,14 @@ def test_sources_come_back_in_the_order_given(plain, tokens, others):
     torch.testing.assert_close(there, back.flip(0))
 
 
-def test_a_shared_prefix_that_nothing_deviates_in_need_not_be_carried(plain, tokens):
+@pytest.mark.parametrize("variant", ["plain", "gemma2"])
+def test_a_shared_prefix_that_nothing_deviates_in_need_not_be_carried(make_model, tokens, variant):
     """The reference is another prompt with the same first three tokens."""
-    corrupted = torch.cat([tokens[:, :3], (tokens[:, 3:] + 1) % 23], dim=1)
-    _, cache = plain.run(corrupted, record=["z", "mlp_out", "resid_pre.0"])
-    reference, sources = dict(cache), parse_sources(plain.config, ["a0.h1", "m0", "a1.h2", "input"], *tokens.shape)
+    model, corrupted = make_model(variant), torch.cat([tokens[:, :3], (tokens[:, 3:] + 1) % 23], dim=1)
+    _, cache = model.run(corrupted, record=[model.config.write_site, "mlp_out", "resid_pre.0"])
+    reference, sources = dict(cache), parse_sources(model.config, ["a0.h1", "m0", "a1.h2", "input"], *tokens.shape)
     for rules in RULE_SETS.values():
-        totals = Totals.of(plain, tokens, patterns=True, ends=torch.tensor([6, 5, 3, 4]))
+        totals = Totals.of(model, tokens, patterns=True, ends=torch.tensor([6, 5, 3, 4]))
         found = [
             {
                 i: row
@@ -294,9 +332,47 @@ def test_heads_ports_and_mlps_can_be_asked_for_by_name(plain, tokens):
         torch.testing.assert_close(split.relevant + split.irrelevant, split.total.expand_as(split.relevant))
 
 
+def test_keys_that_heads_share_are_asked_for_by_group(make_model, tokens):
+    model, sources = make_model("llama"), ["input@1"]
+    found = contributions(model, tokens, sources, ["a1.g1.k", "a1.g0.v", "a1.h3.q", "k.1", "v.1", "q.1"])
+    for name, site, index in (("a1.g1.k", "k.1", 1), ("a1.g0.v", "v.1", 0), ("a1.h3.q", "q.1", 3)):
+        torch.testing.assert_close(found[name].relevant, found[site].relevant[..., index, :])
+    for target, says in {
+        "a1.h2.k": "whose heads share keys and values. Ask for 'a1.g1.k'",
+        "a1.g2.k": "whose groups run 0..1",
+        "a1.g1": "cannot be a target",
+    }.items():
+        with pytest.raises(UnknownNode, match=says):
+            contributions(model, tokens, sources, target)
+    with pytest.raises(UnknownNode, match="have keys and values of their own. Ask for 'a1.h1.v'"):
+        contributions(make_model("plain"), tokens, sources, "a1.g1.v")
+
+
+def test_where_what_heads_write_is_normalised_they_are_sources_behind_that(make_model, tokens, others):
+    """What a head gathers can be read, and is no source's doing in the source's own layer; references are of what it writes."""
+    model = make_model("gemma2")
+    found = contributions(model, tokens, ["a1.h2"], ["z_written.1", "a2.h0"], rules="exact")
+    _, clean = model.run(tokens, record=["z_written.1"])
+    expected = torch.zeros_like(clean["z_written", 1])
+    expected[:, :, 2] = clean["z_written", 1][:, :, 2]
+    torch.testing.assert_close(found["z_written.1"].relevant[0], expected)
+    assert found["a2.h0"].relevant.abs().max() > 0.01
+    with pytest.raises(ModelError, match="'z.1' is computed before every source .the first is 'a1.h2'"):
+        contributions(model, tokens, ["a1.h2"], ["a1.h0"])
+    with pytest.raises(ModelError, match="no source is set at 'z.1'. References for gemma2 are of .*z_written and mlp_out"):
+        contributions(model, tokens, ["a1.h2"], reference={"z.1": torch.zeros(1, 7, 4, 5)})
+
+
+def test_what_a_token_costs_in_memory_is_what_a_pass_keeps_of_it(model, tokens):
+    kept = Totals.of(model, tokens).cache.values()
+    size = sum(value.numel() * value.element_size() for value in kept)
+    assert Totals.size_of_a_token(model) * tokens.numel() == size
+
+
 @pytest.mark.parametrize("rules", RULE_SETS)
-def test_half_precision_stays_finite(plain, tokens, others, rules):
-    model = plain.to(dtype=torch.bfloat16)
+@pytest.mark.parametrize("variant", ["plain", "gemma2", "olmo2"])
+def test_half_precision_stays_finite(make_model, tokens, others, variant, rules):
+    model = make_model(variant).to(dtype=torch.bfloat16)
     found = contributions(model, tokens, ["a0.h1", "input@2"], rules=rules, reference=mean_reference(model, others))
     assert found["logits"].relevant.isfinite().all()
 

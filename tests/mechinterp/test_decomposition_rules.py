@@ -9,11 +9,21 @@ from mechinterp.decomposition import rules as by
 from mechinterp.decomposition.rule_sets import RULE_SETS, Rules, rules_name, rules_named
 from mechinterp.decomposition.split import Split, share
 from mechinterp.errors import ModelError
-from mechinterp.models.attention import visible
+from mechinterp.models.attention import Heads
+from mechinterp.models.config import ModelConfig, Rotary
 from mechinterp.models.transformer import ACTIVATIONS
+from mechinterp.models.weights import Norm
 
 BIAS, NORM, GATE = ("share", "irrelevant"), ("held", "own"), ("half", "irrelevant")
 ATTENTION, ACTIVATION = ("relevant", "held", "irrelevant", "middle"), ("irrelevant", "relevant", "ratio", "middle")
+
+ATTENTION_FACTS = (
+    {"rotary": Rotary((1.0,)), "n_key_value_heads": 2},
+    {"normalization": "rms_norm", "qk_norm": "head", "n_key_value_heads": 1},
+    {"normalization": "rms_norm", "qk_norm": "all", "rotary": Rotary((1.0, 0.1), adjacent=True)},
+    {"attention_soft_cap": 2.0, "window": 2, "local_layers": (0,)},
+    {"alibi": True},
+)
 
 
 def random_split(*shape: int, seed: int = 0) -> Split:
@@ -25,6 +35,16 @@ def random_split(*shape: int, seed: int = 0) -> Split:
 def known(x: Split) -> Split:
     """The same split, as a pass with a known total has it."""
     return Split.within(x.total, x.relevant)
+
+
+def heads_at(n_pos: int, n_heads: int, d_head: int, **facts) -> Heads:
+    """How heads of some family compare queries and keys at the first ``n_pos`` positions."""
+    sizes = {"n_layers": 1, "d_model": 8, "d_mlp": None, "d_vocab": 5, "n_ctx": 9}
+    config = ModelConfig("some", n_heads=n_heads, d_head=d_head, **(sizes | facts))
+    gain = torch.linspace(0.5, 2, n_heads * d_head, dtype=torch.float64)
+    together = config.qk_norm == "all"
+    norms = [Norm(gain[: n * d_head if together else d_head], None) for n in (n_heads, config.n_groups)]
+    return Heads(config, 0, torch.arange(n_pos)[None], *(norms if config.qk_norm != "none" else ()))
 
 
 def agree(found: Split, expected: torch.Tensor) -> None:
@@ -86,12 +106,12 @@ def test_the_papers_attention_reads_a_single_position_uniformly():
     q, k, v = (2 * torch.randn(1, 2, 1, 3, generator=generator) for _ in range(3))
     at_zero = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
     splits = [Split.within(x, x * at_zero) for x in (q, k, v)]
-    seen = visible(torch.arange(2)[None], 2)
-    relevant = by.attend(*splits, 1.0, seen, "relevant").relevant
+    heads = heads_at(2, 1, 3, attention_scale=1.0)
+    relevant = by.attend(*splits, heads, "relevant").relevant
     torch.testing.assert_close(relevant[0, 1], v[0, 0] / 2)
     P = (q[0, :, 0] @ k[0, :, 0].T).masked_fill(torch.ones(2, 2).triu(1).bool(), -math.inf).softmax(-1)
     assert abs(P[1, 0] - 0.5) > 0.1
-    held = by.attend(*splits, 1.0, seen, "held").relevant
+    held = by.attend(*splits, heads, "held").relevant
     torch.testing.assert_close(held[0, 1], P[1, 0] * v[0, 0])
 
 
@@ -133,16 +153,43 @@ def test_normalization_centres_before_it_squares():
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention(rule, causal):
     q, k, v = (random_split(2, 5, 3, 4, seed=seed) for seed in range(3))
-    seen = visible(torch.arange(5)[None], 5) if causal else None
     scores = torch.einsum("bqhd,bkhd->bhqk", q.total, k.total) * 0.5
-    pattern = (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1)
-    expected = torch.einsum("bhqk,bkhd->bqhd", pattern, v.total)
-    found = by.attend(q, k, v, 0.5, seen, rule)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1) & causal
+    pattern = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    agree_on_attention(q, k, v, heads_at(5, 3, 4, attention_scale=0.5, causal=causal), rule, "held", pattern)
+
+
+@pytest.mark.parametrize("facts", ATTENTION_FACTS, ids=lambda facts: "-".join(facts))
+@pytest.mark.parametrize("rule", ATTENTION)
+@pytest.mark.parametrize("norm", NORM)
+def test_attention_of_every_family(facts, rule, norm):
+    heads = heads_at(5, 4, 4, **facts)
+    q, k, v = (random_split(2, 5, n, 4, seed=n) for n in (4, heads.config.n_groups, heads.config.n_groups))
+    pattern = heads.scores(heads.turn_q(q.total), heads.turn_k(k.total)).softmax(-1)
+    agree_on_attention(q, k, v, heads, rule, norm, pattern)
+
+
+def agree_on_attention(q: Split, k: Split, v: Split, heads: Heads, rule, norm, pattern: torch.Tensor) -> None:
+    """The parts add up to what the pattern gathers; with a known total they are the same; if held, the pattern is all."""
+    expected = torch.einsum("bhqk,bkhd->bqhd", pattern, heads.for_every_head(v.total))
+    found = by.attend(q, k, v, heads, rule, norm)
     agree(found, expected)
-    again = by.attend(known(q), known(k), known(v), 0.5, seen, rule, expected)
+    again = by.attend(known(q), known(k), known(v), heads, rule, norm, expected)
     torch.testing.assert_close(again.relevant, found.relevant)
     if rule == "held":
-        torch.testing.assert_close(by.gather(pattern, known(v), expected).relevant, found.relevant)
+        gathered = by.gather(pattern, known(v).map(heads.for_every_head), expected)
+        torch.testing.assert_close(gathered.relevant, found.relevant)
+
+
+@pytest.mark.parametrize("rule", NORM)
+def test_what_heads_write_together_has_one_scale(rule):
+    """The norm rules of the sum that they write, told apart by heads."""
+    z, W_O = random_split(2, 3, 4, 5), random_split(20, 8).relevant
+    found, joined = by.written(z, W_O, 1e-5, rule), lambda part: part.flatten(-2) @ W_O
+    agree(found, z.total / ((joined(z.total).square().mean(-1)[..., None, None] + 1e-5).sqrt()))
+    expected = by.normalize(z.map(joined), None, None, 1e-5, rule, centred=False)
+    torch.testing.assert_close(found.map(joined).relevant, expected.relevant)
+    torch.testing.assert_close(by.written(known(z), W_O, 1e-5, rule).relevant, found.relevant)
 
 
 @pytest.mark.parametrize("rule", ACTIVATION)
@@ -176,7 +223,7 @@ def test_soft_caps(rule):
 
 
 def test_a_gated_mlp_from_the_irrelevant_part_is_its_ablation():
-    """exact's rules for a family that the engine does not run yet: RMSNorm, SiLU gate, soft-cap."""
+    """exact's rules, one after the other: RMSNorm, SiLU gate, soft-cap."""
     x = random_split(1, 4, 8)
     gate, up, down = (torch.randn(8, 8, dtype=torch.float64) for _ in range(3))
 

@@ -94,20 +94,22 @@ def test_shares_are_those_of_the_recorded_patterns(model):
 def test_copying_is_that_of_the_whole_circuit_from_token_to_token(model):
     """With every matrix written out: E through the head's own normalisation, V, O, the final gain, U."""
     weights, config = model.weights, model.config
-    E = weights.W_E
+    E = weights.W_E * (config.embed_scale or 1.0)
     if config.has_mlp:
         E = E + torch.cat([model.feed_forward(0, E[token][None, None])[:, 0] for token in range(config.d_vocab)])
     U = weights.W_U
+    centring = torch.eye(config.d_model, dtype=E.dtype) - config.centred / config.d_model
+    if config.has_norms_before:
+        E = E @ centring
+        E = E / (E.square().mean(1, keepdim=True) + config.norm_eps).sqrt()
     if weights.ln_final is not None:
-        E = (E - E.mean(1, keepdim=True)) / (E.var(1, correction=0, keepdim=True) + config.norm_eps).sqrt()
-        centring = torch.eye(config.d_model, dtype=E.dtype) - 1 / config.d_model
         U = centring @ (U if weights.ln_final.w is None else torch.diag(weights.ln_final.w) @ U)
     U = U - U.mean(1, keepdim=True)
     found = copying_scores(model)
     for layer, block in enumerate(weights.blocks):
         read = E if block.ln1 is None or block.ln1.w is None else E * block.ln1.w
         for head in range(config.n_heads):
-            circuit = read @ weights.W_V(layer)[head] @ weights.W_O(layer)[head] @ U
+            circuit = read @ weights.W_V(layer)[config.group_of(head)] @ weights.W_O(layer)[head] @ U
             eigenvalues = torch.linalg.eigvals(circuit)
             whole = eigenvalues.abs().sum().item()
             assert found[layer, head].item() == pytest.approx(circuit.trace().item() / whole, abs=1e-6)
@@ -132,6 +134,8 @@ def test_the_readout_tells_what_an_addition_does_to_the_logits_while_the_scale_i
     sites = ["resid_post.2", *([] if model.weights.ln_final is None else ["ln_final_scale"])]
     logits, cache = model.run(tokens, record=sites)
     scale = cache["ln_final_scale"] if model.weights.ln_final is not None else 1.0
+    if (cap := model.config.logit_soft_cap) is not None:
+        logits = cap * torch.atanh(logits / cap)
     above = logits - logits.mean(-1, keepdim=True)
     constant = torch.zeros(model.config.d_vocab, dtype=logits.dtype)
     for bias in (
@@ -143,11 +147,12 @@ def test_the_readout_tells_what_an_addition_does_to_the_logits_while_the_scale_i
     assert torch.allclose(above, wanted)
 
 
-def test_streams_of_tokens_are_standardised_where_heads_standardise(model):
+def test_streams_of_tokens_are_normalised_where_heads_normalise(model):
     streams = token_streams(model)
-    if model.config.normalization == "none":
+    if not model.config.has_norms_before:
         return
-    assert torch.allclose(streams.mean(1), torch.zeros(model.config.d_vocab, dtype=streams.dtype), atol=1e-9)
+    if model.config.centred:
+        assert torch.allclose(streams.mean(1), torch.zeros(model.config.d_vocab, dtype=streams.dtype), atol=1e-9)
     assert torch.allclose(streams.square().mean(1), torch.ones(model.config.d_vocab, dtype=streams.dtype), atol=1e-3)
 
 

@@ -44,7 +44,8 @@ def test_attending_to_one_key_gathers_its_value_exactly(model, tokens):
     edit = attend_to(HEADS, at=AT, to=KEYS[:, :1])
     _, cache = model.run(tokens, record=["z", "v"], patch=edit)
     for layer, head in ((1, 0), (2, 1)):
-        assert torch.equal(cache["z", layer][ROWS, AT, head], cache["v", layer][ROWS, KEYS[:, 0], head])
+        shared = model.config.group_of(head)
+        assert torch.equal(cache["z", layer][ROWS, AT, head], cache["v", layer][ROWS, KEYS[:, 0], shared])
 
 
 def test_only_the_row_of_the_head_is_rewritten(model, tokens):
@@ -130,7 +131,7 @@ def test_heads_scaled_by_one_are_as_they_were_and_by_zero_are_ablated(model, tok
     torch.testing.assert_close(model.run(tokens, patch=scale_heads({"a0.h2": 1.0, "a2.h0": 1.0}))[0], clean)
 
     def without(result, _):
-        return result * torch.tensor([1.0, 0.0, 1.0]).to(result)[:, None]
+        return result * (torch.arange(result.shape[2]) != 1).to(result)[:, None]
 
     ablated, _ = model.run(tokens, patch={"result.1": without})
     torch.testing.assert_close(model.run(tokens, patch=scale_heads({"a1.h1": 0.0}))[0], ablated)
@@ -152,7 +153,7 @@ def test_swapping_twice_is_not_swapping(what, model, tokens):
     clean, before = model.run(tokens, record=[f"{what}.1"])
     torch.testing.assert_close(model.run(tokens, patch=combine(swap, swap))[0], clean)
     swapped, after = model.run(tokens, record=[f"{what}.1"], patch=swap)
-    order = torch.tensor([2, 1, 0])
+    order = torch.tensor([2, 1, 0, *range(3, model.config.n_heads)])
     torch.testing.assert_close(after[what, 1], before[what, 1].index_select(1 if what == "pattern" else 2, order))
     assert not torch.allclose(swapped, clean)
 
@@ -187,12 +188,13 @@ def test_the_past_does_not_feel_what_is_steered(model, tokens):
     assert not torch.isclose(logits[at_here()], model.run(tokens)[0][at_here()]).all(-1).any()
 
 
-def test_heads_together_are_steered_by_a_direction_each(plain, tokens):
-    direction = torch.zeros(3, 5, dtype=torch.float64)
+@pytest.mark.parametrize(("variant", "site", "n"), [("plain", "z.1", 3), ("llama", "z.1", 4), ("llama", "v.1", 2)])
+def test_heads_together_are_steered_by_a_direction_each(variant, site, n, make_model, tokens):
+    direction, model = torch.zeros(n, 5, dtype=torch.float64), make_model(variant)
     direction[1] = 1.0
-    _, clean = plain.run(tokens, record=["z.1"])
-    _, cache = plain.run(tokens, record=["z.1"], patch=steer("z.1", direction, at=AT))
-    torch.testing.assert_close(cache["z", 1] - clean["z", 1], at_here()[:, :, None, None] * direction)
+    _, clean = model.run(tokens, record=[site])
+    _, cache = model.run(tokens, record=[site], patch=steer(site, direction, at=AT))
+    torch.testing.assert_close(cache[site] - clean[site], at_here()[:, :, None, None] * direction)
 
 
 def test_what_a_pass_recorded_brings_it_back(model, tokens):
@@ -202,8 +204,8 @@ def test_what_a_pass_recorded_brings_it_back(model, tokens):
     _, clean = model.run(tokens, record=["z.1"])
     _, patched = model.run(tokens, record=["z.1"], patch=patch_from(cache, ["a1.h0", "a1.h2"], at=AT))
     by_hand = clean["z", 1].clone()
-    by_hand[ROWS, AT] = cache["z", 1][ROWS, AT]
-    by_hand[:, :, 1] = clean["z", 1][:, :, 1]
+    for head in (0, 2):
+        by_hand[ROWS, AT, head] = cache["z", 1][ROWS, AT, head]
     assert torch.equal(patched["z", 1], by_hand)
 
 
@@ -352,6 +354,7 @@ def test_what_the_prompts_or_the_model_lack_is_said_in_the_pass(plain, tokens, e
     [
         (lambda: attend_to("m1", at=AT, to=KEYS), UnknownNode, "'m1' is not a whole head"),
         (lambda: scale_heads({"a1.h0.q": 2.0}), UnknownNode, "'a1.h0.q' is not a whole head"),
+        (lambda: scale_heads({"a1.g0.k": 2.0}), UnknownNode, "'a1.g0.k' is not.*heads of a group share is the site 'k.1'"),
         (lambda: swap_heads("a1.h0", "a2.h0"), UnknownNode, "cannot exchange their pattern: give two heads of one layer"),
         (lambda: swap_heads("a1.h0", "a1.h1", what="k"), UnknownNode, "cannot exchange their k"),
         (lambda: attend_to("a1.h0", at=AT, to=KEYS, share=1.5), ModelError, "share=1.5.*Give a share of 0..1"),

@@ -11,16 +11,18 @@ from mechinterp.errors import UnknownNode
 from mechinterp.nodes import PORTS, Node
 
 # As a pass computes them: what a head reads, the head, latents of the attention output, the MLP's neurons, the MLP.
-COMPUTED = ["input", "a0.h0.q", "a0.h0.k", "a0.h0.v", "a0.h1.q", "a0.h0", "a0.h1", "f0.3", "f0.12", "f0.error"]
+COMPUTED = ["input", "a0.h0.q", "a0.h0.k", "a0.h0.v", "a0.g0.k", "a0.g0.v", "a0.h1.q", "a0.g1.k", "a0.h0", "a0.h1"]
+COMPUTED += ["f0.3", "f0.12", "f0.error"]
 COMPUTED += ["m0.n0", "m0.n3", "m0.n12", "m0", "a1.h0.v", "a1.h0", "a1.h10", "m1", "a11.h0", "logits"]
 
 NAMES_OF_NOTHING = ["", "a9", "a9.h", "a9.h6.x", "m", "a9.h6@", "a9.h6@x", "A9.H6", " m4", "a-1.h0", "m4.q", "m4.n", "m4.123"]
-NAMES_OF_NOTHING += ["m.n1", "f5", "f5.e", "f.error", "f5.errors"]
+NAMES_OF_NOTHING += ["m.n1", "f5", "f5.e", "f.error", "f5.errors", "a9.g1.q", "a9.g", "a9.g1.h1"]
 
 
-@pytest.mark.parametrize(
-    "name", [*COMPUTED, "a9.h6@14", "a9.h6.q@0", "input@3", "logits@2", "m4@7", "m4.n123@7", "f5.1234@1", "f5.error@1"]
-)
+AT_POSITIONS = ["a9.h6@14", "a9.h6.q@0", "a9.g1.k@3", "input@3", "logits@2", "m4@7", "m4.n123@7", "f5.1234@1", "f5.error@1"]
+
+
+@pytest.mark.parametrize("name", [*COMPUTED, *AT_POSITIONS, "a9.g1"])
 def test_parse_and_str_are_inverse(name):
     node = Node.parse(name)
     assert str(node) == name
@@ -33,6 +35,7 @@ def test_constructors_make_what_parse_reads():
     assert Node.head(9, 6, "q").at(14) == Node.parse("a9.h6.q@14")
     assert Node.parse("a9.h6.q").with_port(None) == Node.head(9, 6)
     assert Node.parse("m4@3").at(None) == Node.mlp(4)
+    assert Node.group(9, 1, "k") == Node.parse("a9.g1").with_port("k")
     assert Node.neuron(4, 123) == Node.parse("m4.n123")
     assert Node.latent(5, 1234) == Node.parse("f5.1234")
     assert Node.error(5) == Node.parse("f5.error")

@@ -31,11 +31,12 @@ def builtin():
 def by_hand(model, row: torch.Tensor, layer: int, head: int, key: int) -> tuple[float, float, float]:
     """What a position of one unpadded prompt receives, its chance, and its value against the others'."""
     _, cache = model.run(row[None], record=["pattern", "v"])
-    asked = [query for query in range(len(row)) if query > key]
+    window = model.config.window_of(layer) or len(row)
+    asked = [query for query in range(len(row)) if key < query < key + window]
     received = sum(float(cache["pattern", layer][0, head, query, key]) for query in asked) / len(asked)
-    norms = cache["v", layer][0, :, head].norm(dim=-1).tolist()
+    norms = cache["v", layer][0, :, model.config.group_of(head)].norm(dim=-1).tolist()
     others = [norm for place, norm in enumerate(norms) if place != key]
-    return received, sum(1 / (query + 1) for query in asked) / len(asked), norms[key] / (sum(others) / len(others))
+    return received, sum(1 / min(query + 1, window) for query in asked) / len(asked), norms[key] / (sum(others) / len(others))
 
 
 def test_what_a_position_receives_is_the_mean_over_the_queries_after_it(model, tokens):
@@ -45,22 +46,28 @@ def test_what_a_position_receives_is_the_mean_over_the_queries_after_it(model, t
             if key + 2 > end:
                 assert bool(sinks.received[:, :, prompt, key].isnan().all())
                 continue
-            received, chance, norm = by_hand(model, tokens[prompt, : end + 1], 1, 2, key)
-            assert float(sinks.received[1, 2, prompt, key]) == pytest.approx(received)
-            assert float(sinks.chance[prompt, key]) == pytest.approx(chance)
-            assert float(sinks.value_norms[1, 2, prompt, key]) == pytest.approx(norm)
+            for layer in (1, 2):
+                received, chance, norm = by_hand(model, tokens[prompt, : end + 1], layer, 2, key)
+                assert float(sinks.received[layer, 2, prompt, key]) == pytest.approx(received)
+                assert float(sinks.chance[layer, prompt, key]) == pytest.approx(chance)
+                assert float(sinks.value_norms[layer, 2, prompt, key]) == pytest.approx(norm)
 
 
-def test_even_attention_is_chance(plain, tokens):
+@pytest.mark.parametrize("variant", ["plain", "llama", "gemma2"])
+def test_even_attention_is_chance(variant, make_model, tokens):
+    model = make_model(variant)
     silent = {"attn_scores": lambda scores, _: torch.where(scores.isinf(), scores, 0.0)}
 
     class Even(Transformer):
         def run(self, tokens, **settings):
             return Transformer.run(self, tokens, **settings, patch=silent)
 
-    sinks = find_sinks(Even(plain.weights), tokens, ends=ENDS)
+    sinks = find_sinks(Even(model.weights), tokens, ends=ENDS, min_queries=2)
     counted = ~sinks.chance.isnan()
-    torch.testing.assert_close(sinks.received[:, :, counted], sinks.chance[counted].expand(3, 3, -1))
+    assert bool(counted.any((1, 2)).all())
+    for layer in range(3):
+        received, chance = sinks.received[layer][:, counted[layer]], sinks.chance[layer][counted[layer]]
+        torch.testing.assert_close(received, chance.expand(model.config.n_heads, -1))
 
 
 def test_a_model_that_sees_both_ways_is_asked_from_both_sides(plain, tokens):
@@ -69,7 +76,7 @@ def test_a_model_that_sees_both_ways_is_asked_from_both_sides(plain, tokens):
     _, cache = both.run(tokens, record=["pattern.0"])
     to_last = cache["pattern", 0][:, :, :6, 6].mean(-1)
     torch.testing.assert_close(sinks.received[0, ..., 6], to_last.T)
-    torch.testing.assert_close(sinks.chance, torch.full((4, 7), 1 / 7, dtype=torch.float64))
+    torch.testing.assert_close(sinks.chance, torch.full((3, 4, 7), 1 / 7, dtype=torch.float64))
 
 
 def test_the_planted_head_rests_on_the_first_word(planted):

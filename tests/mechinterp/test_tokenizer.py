@@ -81,3 +81,58 @@ def test_a_fast_hugging_face_tokenizer_is_wrapped_and_a_slow_one_refused(backend
     assert wrapped.encode("When Mary") == [2, 3]
     with pytest.raises(ModelError, match=r"object is a slow tokenizer. Load a fast one"):
         Tokenizer.from_transformers(object())
+
+
+PIECES = ["▁", "M", "a", "r", "y", "▁M", "▁Ma", "▁Mar", "▁Mary", "n", "d", "▁a", "▁an", "▁and", "<0x0A>"]
+MERGES = [("▁", "M"), ("▁M", "a"), ("▁Ma", "r"), ("▁Mar", "y"), ("▁", "a"), ("▁a", "n"), ("▁an", "d")]
+
+
+@pytest.fixture(scope="module", params=["Llama", "Gemma"])
+def sentence_piece(request):
+    """A SentencePiece tokenizer as Hugging Face converts it: Llama's puts a space before every text, Gemma's does not."""
+    transformers = pytest.importorskip("transformers")
+    special = {"Llama": ["<unk>", "<s>", "</s>"], "Gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]}[request.param]
+    ids = {piece: i for i, piece in enumerate([*special, *PIECES])}
+    make = getattr(transformers, f"{request.param}Tokenizer")
+    return make(vocab=ids, merges=MERGES, add_bos_token=True)
+
+
+def test_a_sentence_piece_tokenizer_gives_its_own_ids_and_adds_the_bos_it_was_trained_with(sentence_piece):
+    ours = Tokenizer.from_transformers(sentence_piece, "small")
+    for text in ("Mary and Mary", " Mary", "Mary\nand"):
+        assert ours.encode(text) == sentence_piece(text).input_ids
+        assert ours.decode(ours.encode(text, bos=False)).removeprefix(" ") == text.removeprefix(" ")
+    assert ours.prepends_bos
+    assert ours.encode("Mary")[0] == ours.bos_id == sentence_piece.bos_token_id
+
+
+def test_a_sentence_piece_word_is_one_token_with_its_leading_space(sentence_piece):
+    """Inside of a text, where tasks need it, whatever the tokenizer does to a text's beginning."""
+    ours = Tokenizer.from_transformers(sentence_piece, "small")
+    mary, conjunction = ours.single(" Mary"), ours.single(" and")
+    assert ours.spans("a Mary and")[0][-2:] == [mary, conjunction]
+    assert ours.spans("a Mary and")[1][-2:] == [(1, 6), (6, 10)]
+    assert ours.strings([mary, conjunction, ours.bos_id]) == [" Mary", " and", ours.decode([ours.bos_id])]
+    assert ours.single("Mary") is None
+    assert ours.strings([ours.single("y")]) == ["y"]
+
+
+def test_pieces_of_a_text_join_to_the_text_wherever_it_is_cut(sentence_piece, tokenizer):
+    for some, text in ((Tokenizer.from_transformers(sentence_piece, "small"), "Mary and Mary"), (tokenizer, "to Mary")):
+        ids = some.encode(text)
+        for cut in range(len(ids) + 1):
+            assert some.decode(ids[:cut]) + some.decode(ids[cut:], after=ids[:cut]) == some.decode(ids)
+
+
+def test_padding_is_what_a_tokenizer_has_for_it(sentence_piece):
+    """Its own token; else the end of a text, which in no prompt stands before anything."""
+    wanted = sentence_piece.pad_token_id if sentence_piece.pad_token_id is not None else sentence_piece.eos_token_id
+    assert Tokenizer.from_transformers(sentence_piece, "small").pad_id == wanted
+
+
+def test_what_is_saved_of_a_sentence_piece_tokenizer_is_read_back(sentence_piece, tmp_path):
+    ours = Tokenizer.from_transformers(sentence_piece, "small")
+    ours.save(tmp_path)
+    again = Tokenizer.from_directory(tmp_path, "small")
+    assert again.encode("Mary and") == ours.encode("Mary and")
+    assert (again.single(" Mary"), again.pad_id) == (ours.single(" Mary"), ours.pad_id)

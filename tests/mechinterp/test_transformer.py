@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from mechinterp.errors import ModelError, UnknownSite
 from mechinterp.models.attention import Prefix
-from mechinterp.models.transformer import ResidualStart
+from mechinterp.models.transformer import ACTIVATIONS, ResidualStart
+from mechinterp.models.weights import Weights
 from mechinterp.sites import Site, all_sites
 
 # Here the axis of positions is the queries'.
@@ -82,42 +83,79 @@ def changed_only_at(site, one, other):
 def test_what_is_recorded_obeys_the_equations(model, tokens):
     """Residual additions, normalisation, projections, attention, activation: every site in terms of those before it."""
     config, W = model.config, model.weights
-    logits, c = model.run(tokens, record=all_sites(config))
+    logits, c = model.run(tokens, record=[site for site in all_sites(config) if site.name != "z_written"])
 
-    def norm(x, norm):
+    def norm(x, norm, dims=1):
         if norm is None:
             return x
-        centred = x - x.mean(-1, keepdim=True)
-        x = centred / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-        return x if norm.w is None else x * norm.w + norm.b
+        flat = x.flatten(-dims)
+        centred = flat - flat.mean(-1, keepdim=True) if config.normalization == "layer_norm" else flat
+        flat = centred / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        flat = flat if norm.w is None else flat * norm.w
+        return (flat if norm.b is None else flat + norm.b).reshape(x.shape)
 
-    resid = c["embed"] + c["pos_embed"]
+    def turned(x, name, rotary):
+        """Pair by pair, as complex numbers."""
+        own = getattr(block, f"{name}_norm")
+        x = norm(x, own, dims=2 if config.qk_norm == "all" else 1).clone()
+        if rotary is None:
+            return x
+        n, pairs = len(rotary.frequencies), []
+        for i in range(n):
+            pairs.append((2 * i, 2 * i + 1) if rotary.adjacent else (i, n + i))
+        for (a, b), frequency in zip(pairs, rotary.frequencies, strict=True):
+            angle = (torch.arange(7, dtype=torch.float32) * torch.tensor(frequency)).double()
+            circle = torch.complex(x[..., a], x[..., b]) * torch.polar(torch.ones(7).double(), angle)[None, :, None]
+            x[..., a], x[..., b] = circle.real, circle.imag
+        return x
+
+    def capped(x, cap):
+        return x if cap is None else cap * torch.tanh(x / cap)
+
+    groups, f = config.n_heads // config.n_groups, ACTIVATIONS[config.activation]
+    resid = c["embed"] + c["pos_embed"] if config.learned_positions else c["embed"]
     for layer, block in enumerate(W.blocks):
         assert_close(c["resid_pre", layer], resid, **SAME)
-        for i, port in enumerate("qkv"):
-            assert_close(c[f"{port}_input", layer], resid[:, :, None].expand(-1, -1, config.n_heads, -1), **SAME)
-            projected = torch.einsum("bpm,hmd->bphd", norm(resid, block.ln1), W.projection(layer)[i])
-            assert_close(c[port, layer], projected + W.projection_bias(layer)[i], **SAME)
-        scores = torch.einsum("bqhd,bkhd->bhqk", c["q", layer], c["k", layer]) / config.d_head**0.5
-        future = torch.ones(7, 7).triu(1).bool()
-        assert_close(c["attn_scores", layer], scores.masked_fill(future, -torch.inf), **SAME)
+        reads = norm(resid, block.ln1)
+        for port, matrix in (("q", W.W_Q), ("k", W.W_K), ("v", W.W_V)):
+            n, bias = len(matrix(layer)), [W.port(layer, i, port)[1] for i in range(config.n_heads)]
+            assert_close(c[f"{port}_input", layer], resid[:, :, None].expand(-1, -1, n, -1), **SAME)
+            projected = torch.einsum("bpm,hmd->bphd", reads, matrix(layer))
+            assert_close(c[port, layer], projected + torch.stack(bias)[:: config.n_heads // n], **SAME)
+        q, k = (turned(c[port, layer], port, config.rotary_of(layer)) for port in "qk")
+        if config.rotary is not None:
+            assert_close(c["rot_q", layer], q, atol=1e-6, rtol=0)  # angles are computed in single precision
+            assert_close(c["rot_k", layer], k, atol=1e-6, rtol=0)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(groups, 2)) * config.scale
+        scores, distance = capped(scores, config.attention_soft_cap), torch.arange(7) - torch.arange(7)[:, None]
+        if config.alibi:
+            scores = scores + distance * torch.tensor([2.0**-4, 2.0**-8, 2.0**-2]).double()[:, None, None]
+        unseen = (distance > 0) | (distance <= -(config.window_of(layer) or 99))
+        assert_close(c["attn_scores", layer], scores.masked_fill(unseen, -torch.inf), atol=1e-6, rtol=0)
         assert_close(c["pattern", layer], c["attn_scores", layer].softmax(-1), **SAME)
-        assert_close(c["z", layer], torch.einsum("bhqk,bkhd->bqhd", c["pattern", layer], c["v", layer]), **SAME)
-        assert_close(c["result", layer], torch.einsum("bphd,hdm->bphm", c["z", layer], W.W_O(layer)), **SAME)
-        assert_close(c["attn_out", layer], c["result", layer].sum(2) + block.b_O, **SAME)
+        v = c["v", layer].repeat_interleave(groups, 2)
+        assert_close(c["z", layer], torch.einsum("bhqk,bkhd->bqhd", c["pattern", layer], v), **SAME)
+        raw = block.W_O.unflatten(0, (config.n_heads, config.d_head))
+        assert_close(c["result", layer], torch.einsum("bphd,hdm->bphm", c["z", layer], raw), **SAME)
+        assert_close(c["attn_out", layer], norm(c["result", layer].sum(2) + block.b_O, block.ln1_post), **SAME)
         after_attention = resid + c["attn_out", layer]
         if config.has_mlp:
             reads = resid if config.parallel else after_attention
             if not config.parallel:
                 assert_close(c["resid_mid", layer], after_attention, **SAME)
             assert_close(c["mlp_in", layer], reads, **SAME)
-            assert_close(c["mlp_pre", layer], norm(reads, block.ln2) @ block.W_in + block.b_in, **SAME)
-            assert_close(c["mlp_post", layer], torch.nn.functional.gelu(c["mlp_pre", layer], approximate="tanh"), **SAME)
-            assert_close(c["mlp_out", layer], c["mlp_post", layer] @ block.W_out + block.b_out, **SAME)
+            read = norm(reads, block.ln2)
+            hidden = read @ block.W_in + block.b_in
+            assert_close(c["mlp_pre", layer], read @ block.W_gate + block.b_gate if config.gated else hidden, **SAME)
+            made = f(c["mlp_pre", layer]) * (c["mlp_pre_linear", layer] if config.gated else 1)
+            assert_close(c["mlp_post", layer], made, **SAME)
+            if config.gated:
+                assert_close(c["mlp_pre_linear", layer], hidden, **SAME)
+            assert_close(c["mlp_out", layer], norm(c["mlp_post", layer] @ block.W_out + block.b_out, block.ln2_post), **SAME)
             after_attention = after_attention + c["mlp_out", layer]
         resid = after_attention
         assert_close(c["resid_post", layer], resid, **SAME)
-    assert_close(logits, norm(resid, W.ln_final) @ W.W_U + W.b_U, **SAME)
+    assert_close(logits, capped(norm(resid, W.ln_final) @ W.W_U + W.b_U, config.logit_soft_cap), **SAME)
     assert_close(c["logits"], logits, **SAME)
 
 
@@ -134,8 +172,17 @@ def test_every_activation_is_the_one_it_is_called(make_model, tokens, activation
     assert_close(cache["mlp_post", 1], x * cdf[activation])
 
 
+def served_by(config, port, index):
+    """The heads that gather something else when this head's query, or this group's key or value, changes."""
+    if config.qk_norm == "all" and port != "v":
+        return set(range(config.n_heads))
+    return {index} if port == "q" else {head for head in range(config.n_heads) if config.group_of(head) == index}
+
+
 @pytest.mark.parametrize("port", ["q", "k", "v"])
 def test_writing_what_one_head_reads_reaches_that_head_and_port_alone(model, tokens, port):
+    """Where heads share keys and values, what one group reads reaches the heads that it serves."""
+
     def write(value, cache):
         value = value.clone()
         value[:, :, 1] += noise(value[:, :, 1])
@@ -145,12 +192,12 @@ def test_writing_what_one_head_reads_reaches_that_head_and_port_alone(model, tok
     _, before = model.run(tokens, record=watched)
     _, after = model.run(tokens, record=watched, patch={Site(f"{port}_input", 1): write})
     for site in before:
-        moved = (after[site] - before[site]).abs() > 1e-9
+        difference = (after[site] - before[site]).abs() > 1e-9
         if site.layer == 0 or site == Site("resid_pre", 1):
-            assert not moved.any()
+            assert not difference.any()
         elif site.layer == 1:
-            assert bool(moved[:, :, 1].any()) == (site.name in (port, "z"))
-            assert not moved[:, :, [0, 2]].any(), f"{port}_input of head 1 reached another head's {site.name}"
+            reached = {"z": served_by(model.config, port, 1), port: {1}}.get(site.name, set())
+            assert set(difference.any(-1).any(0).any(0).nonzero().flatten().tolist()) == reached, str(site)
 
 
 def test_writing_what_an_mlp_reads_reaches_the_mlp_alone(make_model, tokens):
@@ -172,19 +219,34 @@ def test_writing_the_middle_of_a_block_reaches_the_mlp_and_the_stream(plain, tok
 
 
 def test_writing_a_heads_output_adds_its_image_to_the_stream(model, tokens):
-    _, before = model.run(tokens, record=["z", "attn_out"])
-    for site, image in (
-        ("z.1", lambda d: torch.einsum("bphd,hdm->bpm", d, model.weights.W_O(1))),
-        ("result.1", lambda d: d.sum(2)),
-    ):
+    """At the site that is linear; ``result`` is too, unless its sum is normalised."""
+    config, W_O = model.config, model.weights.W_O(1)
+    _, before = model.run(tokens, record=["attn_out"])
+    images = {config.write_site: lambda d: torch.einsum("bphd,hdm->bpm", d, W_O)}
+    images |= {} if config.has_norms_after else {"result": lambda d: d.sum(2)}
+    for name, image in images.items():
         seen = {}
 
         def write(value, cache, seen=seen):
             seen["delta"] = noise(value)
             return value + seen["delta"]
 
-        _, after = model.run(tokens, record=["attn_out"], patch={site: write})
+        _, after = model.run(tokens, record=["attn_out"], patch={Site(name, 1): write})
         assert_close(after["attn_out", 1] - before["attn_out", 1], image(seen["delta"]))
+
+
+def test_what_heads_write_is_what_they_gather_over_the_scale_of_all_together(model, tokens):
+    config, normalised = model.config, model.config.has_norms_after
+    _, cache = model.run(tokens, record=["z", "attn_out", *["z_written", "ln1_post_scale"] * normalised])
+    for layer, block in enumerate(model.weights.blocks):
+        z, written = cache["z", layer], cache[config.write_site, layer]
+        assert_close(model.written(layer, z), written, **SAME)
+        by_head = torch.einsum("bphd,hdm->bphm", written, model.weights.W_O(layer))
+        assert_close(by_head.sum(2) + block.b_O, cache["attn_out", layer], **SAME)
+        if normalised:
+            assert_close(written * cache["ln1_post_scale", layer].unsqueeze(-1), z, **SAME)
+            once_more = model.run(tokens, record=["attn_out"], patch={Site("z_written", layer): lambda x, c: x.clone()})[1]
+            assert_close(once_more["attn_out", layer], cache["attn_out", layer], **SAME)
 
 
 def test_a_patch_sees_what_the_pass_has_recorded_so_far(plain, tokens):
@@ -234,23 +296,38 @@ def by_engine(model, tokens, site, edit, weight):
     return kept["value"].detach(), gradient, logits.detach()
 
 
-def test_every_site_is_transformer_lens_hook_in_value_effect_and_gradient(model, tokens, make_hooked):
+def hook_name(site, config):
+    """TransformerLens calls OLMo-2's normalisations after heads and MLP as others' before them."""
+    return site.hook_name.replace("_post.", ".") if config.norms == "after" else site.hook_name
+
+
+def hooked_sites(model):
+    """Those that TransformerLens has too; its logits are those before a soft cap."""
+    capped = {"logits"} if model.config.logit_soft_cap else set()
+    return [site for site in each_site(model.config) if site.hook_name and site.name not in capped]
+
+
+def test_every_site_is_transformer_lens_hook_in_value_effect_and_gradient(expressible, tokens, make_hooked):
+    model = expressible
     whole, split = make_hooked(model), make_hooked(model, split=True)
     weight = noise(model.run(tokens)[0], seed=5)
-    for site in each_site(model.config):
+    for site in hooked_sites(model):
         # With split inputs TransformerLens normalises three times a head and the hooks in ln1 take another shape.
         hooked = whole if site.name.startswith("ln1") else split
-        assert site.hook_name in hooked.hook_dict
+        name = hook_name(site, model.config)
         ours = by_engine(model, tokens, site, lambda x: 1.25 * x + 0.5 * noise(x), weight)
-        theirs = by_lens(hooked, tokens, site.hook_name, lambda x: 1.25 * x + 0.5 * noise(x), weight)
+        theirs = by_lens(hooked, tokens, name, lambda x: 1.25 * x + 0.5 * noise(x), weight)
         for what, mine, yours in zip(("value", "gradient", "logits"), ours, theirs, strict=True):
             assert_close(mine, yours, atol=1e-9, rtol=1e-9, msg=lambda m, s=site, w=what: f"{w} at {s}: {m}")
 
 
-def test_the_cache_under_transformer_lens_names_is_transformer_lens_cache(model, tokens, make_hooked):
-    _, ours = model.run(tokens, record=[s for s in all_sites(model.config) if not s.name.startswith("ln1")])
+def test_the_cache_under_transformer_lens_names_is_transformer_lens_cache(expressible, tokens, make_hooked):
+    model = expressible
+    _, ours = model.run(tokens, record=[s for s in all_sites(model.config) if not s.name.startswith("ln1_")])
     _, theirs = make_hooked(model, split=True).run_with_cache(tokens)
-    for name, value in ours.to_transformer_lens().items():
+    renamed = ours.to_transformer_lens()
+    assert len(renamed) == len(ours) - sum(site.name == "z_written" for site in ours) - bool(model.config.logit_soft_cap)
+    for name, value in renamed.items():
         assert_close(value, theirs[name], **SAME)
 
 
@@ -446,3 +523,12 @@ def test_a_start_must_be_a_residual_stream_that_the_model_has(plain, make_model,
 def test_a_site_that_the_architecture_lacks_is_refused_and_the_others_are_named(make_model, tokens, variant, name):
     with pytest.raises(UnknownSite, match=f"{variant} has no site '{name}'. It has: attn_out"):
         make_model(variant).run(tokens, record=[name])
+
+
+@pytest.mark.parametrize("name", ["attn.b_O", "ln1_post.b", "attn.q_norm.b"])
+def test_a_bias_that_would_belong_to_no_head_is_refused(make_model, name):
+    model = make_model("olmo2")
+    shape = (20,) if "q_norm" in name else (12,)
+    named = {**model.weights.named(), f"blocks.1.{name}": torch.ones(shape)}
+    with pytest.raises(ModelError, match=f"olmo2: 'blocks.1.{name}' is not zero"):
+        Weights.from_named(model.config, named)

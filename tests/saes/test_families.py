@@ -90,11 +90,13 @@ def test_shares_are_the_weighted_mean_over_active_positions(plain, tokens):
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("place", ["z.1", "z.2.h1"])
-def test_attribution_of_pairs_is_that_of_all(plain, tokens, place, normalize):
-    width = Place.parse(place).width(plain.config)
+@pytest.mark.parametrize("variant", ["plain", "llama"])
+def test_attribution_of_pairs_is_that_of_all(make_model, tokens, place, normalize, variant):
+    model = make_model(variant)
+    width = Place.parse(place).width(model.config)
     autoencoder = SparseAutoencoder.random([Place.parse(place)], d_in=width, d_sae=6, normalize=normalize)
     autoencoder = autoencoder.to(dtype=torch.float64)
-    _, cache = plain.run(tokens, record=["z", "v", "pattern"])
+    _, cache = model.run(tokens, record=["z", "v", "pattern"])
     everything = dfa_from_cache(autoencoder, cache, None).by_head_and_source
     pos, latent = torch.tensor([0, 3, 6, 6]), torch.tensor([5, 2, 2, 0])
     found = dfa_at(autoencoder, cache, 2, pos, latent)

@@ -58,9 +58,9 @@ def many():
 
 
 @pytest.mark.parametrize("name", ["z", "attn_out", "resid_pre"])
-def test_a_perfect_autoencoder_recovers_everything(model, tokens, name):
+def test_a_perfect_autoencoder_recovers_everything(model, many, name):
     places = each_layer(model.config, name)
-    found = measure_fidelity(model, identity(places, places[0].width(model.config)), tokens, batch_size=3)
+    found = measure_fidelity(model, identity(places, places[0].width(model.config)), many, batch_size=32)
     assert found.targets == (*map(str, places), "all")
     assert found.kl["sae"] == pytest.approx(np.zeros(4), abs=1e-12)
     assert found.ce["sae"] == pytest.approx(np.full(4, found.ce_clean))

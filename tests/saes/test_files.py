@@ -56,6 +56,11 @@ def test_several_groups_are_a_folder_for_each(heads, tmp_path):
     assert_same(load(tmp_path / "saes" / "z.0.h2"), alone)
 
 
+def test_places_that_sae_lens_has_no_name_for_are_kept(tmp_path):
+    save(of("z_written.1"), tmp_path / "sae")
+    assert_same(load(tmp_path / "sae"), of("z_written.1"))
+
+
 def test_double_precision_is_written_in_single(tmp_path):
     save(of("z.1").to(dtype=torch.float64), tmp_path / "sae")
     assert_same(load(tmp_path / "sae"), of("z.1"))

@@ -8,13 +8,17 @@ from mechinterp.sites import Site, all_sites
 from saes.places import Place, each_head, each_layer, places_named
 
 
+def n_heads(site, config):
+    """How many heads stand at a site; none where it has no heads, or a grid of them."""
+    return {"head_index": config.n_heads, "group": config.n_groups}.get(site.axes.split()[2], 0)
+
+
 def every_place(config):
     """All that an autoencoder can stand at, and the sites refused."""
     places, refused = [], []
     for site in all_sites(config):
-        heads = range(config.n_heads) if "head_index" in site.axes and "query_pos" not in site.axes else ()
         try:
-            places += [Place(site), *(Place(site, head) for head in heads)]
+            places += [Place(site), *(Place(site, head) for head in range(n_heads(site, config)))]
         except SAEError:
             refused.append(site.name)
     return places, set(refused)
@@ -23,7 +27,7 @@ def every_place(config):
 def test_names_and_places_are_inverse(model):
     places, _ = every_place(model.config)
     assert all(Place.parse(str(place)) == place for place in places)
-    assert all(Place.parse(place.site.hook_name) == place for place in places if place.head is None)
+    assert all(Place.parse(place.site.hook_name) == place for place in places if place.head is None and place.site.hook_name)
     assert Place.parse("blocks.1.attn.hook_z.h2") == Place(Site("z", 1), 2)
 
 
@@ -43,7 +47,7 @@ def test_every_place_is_as_wide_as_it_says_and_can_be_read_and_written(model, to
         written = place.write(whole, new)
         assert torch.equal(place.part(written), new)
         if place.head is not None:
-            others = [head for head in range(model.config.n_heads) if head != place.head]
+            others = [head for head in range(n_heads(place.site, model.config)) if head != place.head]
             assert torch.equal(written[:, :, others], whole[:, :, others])
 
 
@@ -52,6 +56,15 @@ def test_writing_leaves_what_was_given_alone(plain, tokens):
     before = cache["z", 1].clone()
     Place.parse("z.1.h0").write(cache["z", 1], torch.zeros(4, 7, 5, dtype=torch.float64))
     assert torch.equal(cache["z", 1], before)
+
+
+def test_where_keys_are_shared_their_heads_are_those_that_are_shared(make_model):
+    config = make_model("llama").config
+    assert [str(place) for place in places_named(config, ["k.1.h*", "v.2.h*"])] == ["k.1.h0", "k.1.h1", "v.2.h0", "v.2.h1"]
+    assert len(each_head(config, "q")) == 2 * len(each_head(config, "k_input")) == 12
+    assert Place.parse("v.0").width(config) == 10
+    with pytest.raises(SAEError, match=r"'v.0.h2' is not in llama, whose layers have heads 0..1"):
+        Place.parse("v.0.h2").width(config)
 
 
 def test_names_stand_for_many_places(plain):

@@ -7,6 +7,7 @@ import torch
 
 from mechinterp.errors import SAEError
 from mechinterp.models.load import load
+from mechinterp.models.normalization import centre, scale_of
 from mechinterp.nodes import Node
 from saes.attribution import dfa_from_cache
 from saes.base import KINDS, NORMALIZATIONS, SparseAutoencoder
@@ -26,11 +27,18 @@ def at_z(*places, d_in=15, dtype=torch.float64, **settings):
     return replace(plain, **biases).to(dtype=dtype)
 
 
+def on_layer(layer, model, **settings):
+    return at_z(f"z.{layer}", d_in=5 * model.config.n_heads, **settings)
+
+
 UPSTREAM = {
-    "heads": (),
-    "layer": (at_z("z.1", kind="topk", k=4),),
-    "some heads": (at_z("z.0.h1", "z.1.h0", "z.1.h2", d_in=5), at_z("z.0.h0", d_in=5, kind="jumprelu")),
+    "heads": lambda model: (),
+    "layer": lambda model: (on_layer(1, model, kind="topk", k=4),),
+    "some heads": lambda model: (at_z("z.0.h1", "z.1.h0", "z.1.h2", d_in=5), at_z("z.0.h0", d_in=5, kind="jumprelu")),
 }
+
+
+TELLING = ("plain", "llama", "gemma2", "olmo2")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,7 @@ def everything(model, tokens, layer=2):
 
 @pytest.mark.parametrize("upstream", UPSTREAM.values(), ids=UPSTREAM)
 def test_components_sum_to_the_stream(model, tokens, upstream):
+    upstream = upstream(model)
     _, cache = model.run(tokens, record=component_sites(model.config, 2))
     found = stream_of(model, cache, 2, prompt=1, positions=[4, 2], upstream=upstream)
     summed = torch.zeros(7, 12, dtype=torch.float64).index_add_(0, found.pos, found.vectors)
@@ -53,18 +62,19 @@ def test_components_sum_to_the_stream(model, tokens, upstream):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_every_kind_of_autoencoder_takes_heads_apart_exactly(plain, tokens, kind, normalize):
-    settings = {"k": 3} if "topk" in kind else {}
-    _, cache = plain.run(tokens, record=component_sites(plain.config, 2))
-    found = stream_of(plain, cache, 2, upstream=[at_z("z.1", kind=kind, normalize=normalize, **settings)])
+@pytest.mark.parametrize("variant", ["plain", "gemma2"])
+def test_every_kind_of_autoencoder_takes_heads_apart_exactly(make_model, tokens, kind, normalize, variant):
+    settings, model = {"k": 3} if "topk" in kind else {}, make_model(variant)
+    _, cache = model.run(tokens, record=component_sites(model.config, 2))
+    found = stream_of(model, cache, 2, upstream=[on_layer(1, model, kind=kind, normalize=normalize, **settings)])
     assert any(component.kind == "latent" for component in found.components)
     summed = torch.zeros(7, 12, dtype=torch.float64).index_add_(0, found.pos, found.vectors)
     assert torch.allclose(summed, cache["resid_pre", 2][0], **CLOSE)
 
 
 @pytest.mark.parametrize("upstream", UPSTREAM.values(), ids=UPSTREAM)
-def test_terms_sum_to_dfa_and_to_the_pre_activation(model, tokens, root, upstream):
-    cache = everything(model, tokens)
+def test_terms_sum_to_dfa_and_to_the_pre_activation(model, tokens, upstream):
+    root, upstream, cache = on_layer(2, model), upstream(model), everything(model, tokens)
     direct = dfa_from_cache(root, cache, [6], queries=[5])
     found = recursive_dfa(model, root, cache, 6, 5, prompt=3, upstream=upstream)
     assert torch.allclose(found.by_source.mT, direct.by_head_and_source[3, 0, :, 0, :6], **CLOSE)
@@ -74,33 +84,36 @@ def test_terms_sum_to_dfa_and_to_the_pre_activation(model, tokens, root, upstrea
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_one_heads_autoencoder_and_normalised_inputs(plain, tokens, normalize):
-    one = at_z("z.2.h1", d_in=5, normalize=normalize)
-    cache = everything(plain, tokens)
-    found = recursive_dfa(plain, one, cache, 2, 6, upstream=[at_z("z.0", normalize=normalize)])
+@pytest.mark.parametrize("variant", TELLING)
+def test_one_heads_autoencoder_and_normalised_inputs(make_model, tokens, normalize, variant):
+    one, model = at_z("z.2.h1", d_in=5, normalize=normalize), make_model(variant)
+    cache = everything(model, tokens)
+    found = recursive_dfa(model, one, cache, 2, 6, upstream=[on_layer(0, model, normalize=normalize)])
     pre = one.pre_activations(one.read(cache))[0, 0, 6, 2]
     assert found.heads == (1,)
     assert found.pre_activation == pytest.approx(float(pre), abs=1e-10)
 
 
-def test_a_term_is_what_the_latent_loses_without_it(plain, tokens, root):
+@pytest.mark.parametrize("variant", TELLING)
+def test_a_term_is_what_the_latent_loses_without_it(make_model, tokens, variant):
     """Take an MLP's output away from the heads' values alone, at its place and with the scale held."""
-    cache = everything(plain, tokens)
-    found = recursive_dfa(plain, root, cache, 6, 5)
+    model = make_model(variant)
+    root, cache, config = on_layer(2, model), everything(model, tokens), model.config
+    found = recursive_dfa(model, root, cache, 6, 5)
     term = next(
         t for t in range(len(found.values)) if (found.stream.component(t), int(found.stream.pos[t])) == (Component("mlp", 1), 3)
     )
-    block, resid = plain.weights.blocks[2], cache["resid_pre", 2][0, 3]
-    scale = (resid.var(correction=0) + plain.config.norm_eps).sqrt()
-    out = cache["mlp_out", 1][0, 3]
-    lost = torch.einsum("m,hmd->hd", (out - out.mean()) / scale * block.ln1.w, plain.weights.W_V(2))
+    norm, out = model.weights.blocks[2].ln1, cache["mlp_out", 1][0, 3]
+    if norm is not None:
+        out = centre(out, config) / scale_of(cache["resid_pre", 2][0, 3], config) * norm.w
+    lost = torch.einsum("m,gmd->gd", out, model.weights.W_V(2)).repeat_interleave(config.n_heads // config.n_groups, 0)
     z = torch.einsum("h,hd->hd", cache["pattern", 2][0, :, 5, 3], lost).flatten()
     assert float(found.values[term]) == pytest.approx(float(z @ root.W_pre[0][:, 6]), abs=1e-10)
 
 
 @pytest.mark.parametrize("upstream", UPSTREAM.values(), ids=UPSTREAM)
-def test_without_biases_all_children_of_a_step_sum_to_it(model, tokens, root, upstream):
-    without = replace_biases(model)
+def test_without_biases_all_children_of_a_step_sum_to_it(model, tokens, upstream):
+    without, root, upstream = replace_biases(model), on_layer(2, model), upstream(model)
     tree = trace(without, bare(root), everything(without, tokens), 6, 5, depth=2, width=10_000, upstream=map(bare, upstream))
     assert tree.rest == pytest.approx(0, abs=1e-10)
     followed = [step for step in tree.children if step.children]
@@ -123,7 +136,7 @@ def replace_biases(model):
 
 def test_the_path_is_named_and_goes_down(plain, tokens, root):
     cache = everything(plain, tokens)
-    tree = trace(plain, root, cache, 6, 5, depth=3, width=3, upstream=UPSTREAM["layer"])
+    tree = trace(plain, root, cache, 6, 5, depth=3, width=3, upstream=UPSTREAM["layer"](plain))
     assert tree.node == Node.parse("f2.6@5")
     assert tree.contribution == pytest.approx(recursive_dfa(plain, root, cache, 6, 5).pre_activation, abs=1e-10)
     layers = [step.component.layer for step in tree.path if step.component.layer is not None]
@@ -137,7 +150,7 @@ def test_the_path_is_named_and_goes_down(plain, tokens, root):
 
 def test_latents_of_a_head_have_nodes_of_their_own(plain, tokens):
     cache = everything(plain, tokens)
-    tree = trace(plain, at_z("z.2.h1", d_in=5), cache, 3, 4, depth=1, width=10_000, upstream=UPSTREAM["some heads"])
+    tree = trace(plain, at_z("z.2.h1", d_in=5), cache, 3, 4, depth=1, width=10_000, upstream=UPSTREAM["some heads"](plain))
     assert str(tree.component) == "f2.27"  # head 1 of autoencoders with 24 latents
     names = {str(step.component) for step in tree.children}
     assert {"embed", "pos_embed", "a0.bias", "f0.h1.error", "a1.h1", "m0"} <= names
@@ -146,14 +159,16 @@ def test_latents_of_a_head_have_nodes_of_their_own(plain, tokens):
     assert by_latent == {0, 1, 2}
 
 
-def test_what_a_latent_writes_is_listed(plain, tokens):
-    one = UPSTREAM["layer"][0]
-    cache = everything(plain, tokens)
-    found = stream_of(plain, cache, 2, positions=[3], upstream=[one])
+@pytest.mark.parametrize("variant", TELLING)
+def test_what_a_latent_writes_is_listed(make_model, tokens, variant):
+    model = make_model(variant)
+    one, cache = on_layer(1, model), everything(model, tokens)
+    scale = float(cache["ln1_post_scale", 1][0, 3]) if model.config.has_norms_after else 1
+    found = stream_of(model, cache, 2, positions=[3], upstream=[one])
     latents = one.encode(one.read(cache))[0, 0, 3]
     for term, component in enumerate(found.components):
         if component.kind == "latent":
-            expected = latents[component.latent] * written(plain, one, [component.latent])[0]
+            expected = latents[component.latent] * written(model, one, [component.latent])[0] / scale
             assert torch.allclose(found.vectors[found.which == term][0], expected, **CLOSE)
 
 
@@ -191,8 +206,8 @@ def test_what_cannot_be_is_said(plain, tokens, root):
     with pytest.raises(SAEError, match="latents 24 to 24"):
         recursive_dfa(plain, root, cache, 24, 5)
     with pytest.raises(SAEError, match=r"two autoencoders take 'z.1.h0' apart"):
-        recursive_dfa(plain, root, cache, 6, 5, upstream=[*UPSTREAM["layer"], at_z("z.1.h0", d_in=5)])
+        recursive_dfa(plain, root, cache, 6, 5, upstream=[at_z("z.1"), at_z("z.1.h0", d_in=5)])
     with pytest.raises(SAEError, match=r"two autoencoders take 'z.1' apart"):
-        recursive_dfa(plain, root, cache, 6, 5, upstream=[at_z("z.1.h0", d_in=5), *UPSTREAM["layer"]])
+        recursive_dfa(plain, root, cache, 6, 5, upstream=[at_z("z.1.h0", d_in=5), at_z("z.1")])
     with pytest.raises(SAEError, match="depth=1 and width=0"):
         trace(plain, root, cache, 6, 5, depth=1, width=0)

@@ -15,7 +15,7 @@ from mechinterp.store import ActivationStore
 from saes.base import SparseAutoencoder
 from saes.fidelity import measure_fidelity
 from saes.metrics import cosines, reconstruction
-from saes.places import each_head, each_layer
+from saes.places import each_layer, places_named
 from saes.positions import KeptRows, default_keep
 from saes.report import SAEReport, evaluate
 
@@ -88,9 +88,11 @@ def test_a_model_without_tokenizer_cannot_tell_bos(plain, layers, texts):
     assert "no tokenizer to tell BOS by" in evaluate(plain, layers.group(0), texts).left_out
 
 
-def test_heads_by_themselves_share_with_none(reader, texts):
-    heads = SparseAutoencoder.random(each_head(reader.config, layers=[1]), d_in=5, d_sae=12).to(dtype=torch.float64)
-    found = evaluate(reader, heads, texts, with_cosines=False)
+@pytest.mark.parametrize("names", [["z.1.h*"], ["q.1"]])
+def test_heads_by_themselves_and_queries_share_with_none(reader, texts, names):
+    places = places_named(reader.config, names)
+    found = SparseAutoencoder.random(places, d_in=places[0].width(reader.config), d_sae=12).to(dtype=torch.float64)
+    found = evaluate(reader, found, texts, with_cosines=False)
     assert found.effective_heads is None
     assert found.cosines is None
     assert "effective_heads" not in found.rows()[0]

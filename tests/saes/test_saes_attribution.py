@@ -25,7 +25,7 @@ def at_z(place, d_in=15, dtype=torch.float64, **settings):
 @pytest.mark.parametrize("place", ["z.1", "z.2.h1"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_it_sums_to_the_pre_activation(model, tokens, place, normalize):
-    autoencoder = at_z(place, 15 if place == "z.1" else 5, normalize=normalize)
+    autoencoder = at_z(place, Place.parse(place).width(model.config), normalize=normalize)
     _, cache = model.run(tokens, record=dfa_sites(autoencoder))
     found = dfa_from_cache(autoencoder, cache, None)
     pre = autoencoder.pre_activations(autoencoder.read(cache))[0]
@@ -33,10 +33,10 @@ def test_it_sums_to_the_pre_activation(model, tokens, place, normalize):
 
 
 def test_heads_are_their_outputs_read_by_the_encoder(model, tokens):
-    autoencoder = at_z("z.1")
+    autoencoder = at_z("z.1", 5 * model.config.n_heads)
     _, cache = model.run(tokens, record=dfa_sites(autoencoder))
     found = dfa_from_cache(autoencoder, cache, [3, 20])
-    W = autoencoder.W_pre[0][:, [3, 20]].unflatten(0, (3, 5))
+    W = autoencoder.W_pre[0][:, [3, 20]].unflatten(0, (-1, 5))
     assert torch.allclose(found.by_head, torch.einsum("bqhd,hdi->bihq", cache["z", 1], W), **EXACT)
 
 

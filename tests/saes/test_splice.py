@@ -20,7 +20,8 @@ def test_a_head_is_changed_and_no_other(model, tokens):
     logits, cache = model.run(tokens, record=["z.1"], patch=spliced(one))
     by_hand = clean["z", 1].clone()
     by_hand[:, :, 2] = one.reconstruct(by_hand[:, :, 2].unsqueeze(0))[0]
-    assert torch.equal(cache["z", 1][:, :, :2], clean["z", 1][:, :, :2])
+    others = [head for head in range(model.config.n_heads) if head != 2]
+    assert torch.equal(cache["z", 1][:, :, others], clean["z", 1][:, :, others])
     torch.testing.assert_close(cache["z", 1], by_hand)
     torch.testing.assert_close(logits, model.run(tokens, patch={"z.1": lambda value, _: by_hand})[0])
 
@@ -29,7 +30,7 @@ def test_all_heads_concatenated_are_one_vector(model, tokens):
     layer = of(model.config, Place.parse("z.1"))
     _, clean = model.run(tokens, record=["z.1"])
     _, cache = model.run(tokens, record=["z.1"], patch=spliced(layer))
-    wanted = layer.reconstruct(clean["z", 1].flatten(2).unsqueeze(0))[0].unflatten(-1, (3, 5))
+    wanted = layer.reconstruct(clean["z", 1].flatten(2).unsqueeze(0))[0].unflatten(-1, (-1, 5))
     torch.testing.assert_close(cache["z", 1], wanted)
 
 

@@ -40,7 +40,7 @@ def test_a_latent_that_is_raised_moves_the_activation_by_its_decoder_row(model, 
     autoencoder = of(model.config, *each_layer(model.config))
     _, clean = model.run(tokens, record=["z"])
     _, cache = model.run(tokens, record=["z"], patch=steer_latents(autoencoder, {"f1.7": 3.0, "f1.2": -0.5}))
-    moved = (3.0 * autoencoder.W_dec[1, 7] - 0.5 * autoencoder.W_dec[1, 2]).unflatten(0, (3, 5))
+    moved = (3.0 * autoencoder.W_dec[1, 7] - 0.5 * autoencoder.W_dec[1, 2]).unflatten(0, (-1, 5))
     torch.testing.assert_close(cache["z", 1] - clean["z", 1], moved.expand_as(cache["z", 1]))
     torch.testing.assert_close(cache["z", 0], clean["z", 0])
 
