@@ -155,6 +155,8 @@ def test_a_store_gives_the_same(plain, task, tmp_path):
 
 
 def test_heads_write_what_transformer_lens_says(lens, make_hooked, expressible, tokens):
+    if expressible.config.norms == "after":
+        pytest.skip("TransformerLens' processing folds OLMo 2's norms, which come after attention, into what comes before it")
     hooked = make_hooked(expressible)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that RMSNorm is not centred, which we know
