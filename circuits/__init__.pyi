@@ -1,5 +1,6 @@
 from circuits.ablation import ABLATIONS as ABLATIONS
 from circuits.agreement import ranking as ranking
+from circuits.attribution_document import AttributionGraph as AttributionGraph
 from circuits.code_meanings import explain_codes as explain_codes
 from circuits.comparing import compare as compare
 from circuits.comparison import Comparison as Comparison
@@ -19,6 +20,7 @@ from circuits.discovery.paths import path_links as path_links
 from circuits.discovery.paths import path_patching as path_patching
 from circuits.discovery.stages import staged as staged
 from circuits.discovery.stages import staged_circuit as staged_circuit
+from circuits.effect_map import draw_effects as draw_effects
 from circuits.evaluation import evaluate as evaluate
 from circuits.graph import Circuit as Circuit
 from circuits.hypotheses import hypothesis_tests as hypothesis_tests
@@ -27,9 +29,13 @@ from circuits.latent_graph import evaluate_latents as evaluate_latents
 from circuits.latent_graph import latent_circuit as latent_circuit
 from circuits.latent_graph import latent_curve as latent_curve
 from circuits.meanings import CodeMeanings as CodeMeanings
+from circuits.mib import load_eap_ig as load_eap_ig
+from circuits.mib import save_eap_ig as save_eap_ig
+from circuits.mib import save_mib_circuits as save_mib_circuits
 from circuits.optimal import fit_constants as fit_constants
 from circuits.optimal import optimal_ablation as optimal_ablation
 from circuits.picture import draw as draw
+from circuits.prompt_attribution import attribution_graph as attribution_graph
 from circuits.published import PUBLISHED as PUBLISHED
 from circuits.repairs.picture import draw_repair as draw_repair
 from circuits.repairs.repairing import repair as repair
@@ -55,4 +61,6 @@ from circuits.running import run_circuit as run_circuit
 from circuits.scores import Scores as Scores
 from circuits.sinks import sink_effect as sink_effect
 from circuits.solving import fitness as fitness
+from circuits.viewer import view as view
+from circuits.widget import explore as explore
 from circuits.wiring import Wiring as Wiring

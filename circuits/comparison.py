@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from circuits.curve_svg import curve_svg
 from circuits.curves import Curve
 from mechinterp.errors import CircuitError
 from mechinterp.files import read_document, to_document, write_text_atomically
+from mechinterp.html import from_markdown, panel
 
 _KIND, _VERSION = "mechinterp comparison", 1
 FAITHFUL = 0.9
@@ -94,11 +96,18 @@ class Comparison:
         found = (
             "random circuits",
             "",
+            "",
             f"{self.random.cmd:.3f}",
             f"{self.random.cpr:.3f}",
             _count(self.random.smallest(FAITHFUL)),
         )
         return [(*found, *[""] * (width - len(found)))]
+
+    def _repr_html_(self) -> str:
+        lines = {row.method: row.curve for row in self.rows if row.curve}
+        about = f"faithfulness against size by {', '.join(lines)}"
+        drawn = [curve_svg(lines, (), self.n_edges_in_model, about, self.random)] if lines else []
+        return panel("", from_markdown(str(self)), *drawn)
 
     def __str__(self) -> str:
         """A Markdown table under a line that says what was compared."""

@@ -15,8 +15,11 @@ from xml.etree import ElementTree
 
 import networkx as nx
 
+from circuits import attribution_document, eap_ig
 from circuits.edges import counted, counted_parts, edge_name, is_residual, parse_edge, residual_edges
+from circuits.mermaid import write_mermaid
 from circuits.picture import PORT_COLOURS, draw
+from circuits.viewer import write_page
 from mechinterp.errors import CircuitError, nearest
 from mechinterp.files import read_document, to_document, write_beside
 from mechinterp.nodes import Node
@@ -28,8 +31,12 @@ _NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")  # characters that XML
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file is written, and read if it can be. ``write`` gets a path with the right suffix."""
+    """How one kind of file is written, and read if it can be. ``write`` gets a path with the right suffix.
 
+    ``what``: in a few words, who opens such a file and what of a circuit it holds.
+    """
+
+    what: str
     suffix: str
     write: Callable[[nx.DiGraph, Path], None]
     read: Callable[[Path], nx.DiGraph] | None = None
@@ -221,12 +228,26 @@ def _picture(circuit: nx.DiGraph, path: Path) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    "json": Format(".json", _write_json, _read_json),
-    "node-link": Format(".node-link.json", _write_node_link, _read_node_link),
-    "graphml": Format(".graphml", _write_graphml, _read_graphml),
-    "gexf": Format(".gexf", _write_gexf, _read_gexf),
-    "dot": Format(".dot", _write_dot),
-    "png": Format(".png", _picture),
-    "svg": Format(".svg", _picture),
-    "pdf": Format(".pdf", _picture),
+    "json": Format("ours, without loss", ".json", _write_json, _read_json),
+    "node-link": Format("networkx and D3, without loss", ".node-link.json", _write_node_link, _read_node_link),
+    "graphml": Format("yEd, Cytoscape, networkx; facts that are numbers or text", ".graphml", _write_graphml, _read_graphml),
+    "gexf": Format("Gephi; facts that are numbers or text", ".gexf", _write_gexf, _read_gexf),
+    "attribution-graph": Format(
+        "circuit-tracer's and Neuronpedia's pages; edges with their weights",
+        ".attribution-graph.json",
+        attribution_document.write_circuit,
+        attribution_document.read_circuit,
+    ),
+    "eap-ig": Format(
+        "EAP-IG and MIB; edges with their scores, all others of the model as not kept",
+        ".eap-ig.json",
+        eap_ig.write_circuit,
+        eap_ig.read_circuit,
+    ),
+    "dot": Format("Graphviz, to look at", ".dot", _write_dot),
+    "mermaid": Format("Markdown pages, to look at", ".mmd", write_mermaid),
+    "html": Format("a page to look around in, one file that needs no network", ".html", write_page),
+    "png": Format("a picture", ".png", _picture),
+    "svg": Format("a picture with names in it", ".svg", _picture),
+    "pdf": Format("a picture for print", ".pdf", _picture),
 }

@@ -11,6 +11,8 @@ import os
 import networkx as nx
 
 from circuits import export
+from circuits.circuit_html import circuit_html
+from circuits.describing import Measured, describe_circuit
 from circuits.edges import Edge, by_magnitude, edge_name, fold_ports, is_residual, port_edges, residual_edges, sharing
 from mechinterp.errors import CircuitError
 from mechinterp.nodes import PORTS, Node
@@ -121,8 +123,9 @@ class Circuit(nx.DiGraph):
     def save(self, path: str | os.PathLike, format: str | None = None) -> None:
         """Write to a file whose suffix (or ``format``) is a key of ``export.FORMATS``; written whole or not at all.
 
-        ``.json`` (ours, lossless), ``.graphml`` and ``.gexf`` can be loaded again; ``.dot``, ``.png``, ``.svg`` and
-        ``.pdf`` are for looking. ``CircuitError`` for an unknown suffix, ``OSError`` for a missing folder.
+        ``.json`` (ours, lossless), ``.node-link.json``, ``.graphml``, ``.gexf``, ``.attribution-graph.json`` and
+        ``.eap-ig.json`` can be loaded again; ``.html``, ``.dot``, ``.mmd`` and pictures are for looking. ``CircuitError``
+        for an unknown suffix, ``OSError`` for a missing folder.
         """
         export.write(self, path, format)
 
@@ -145,8 +148,19 @@ class Circuit(nx.DiGraph):
             lines.append(f"  {edge_name(writer, reader):<20}" + ("" if weight is None else f" {weight:+.4g}"))
         return "\n".join(lines)
 
+    def describe(self, report: Measured | None = None) -> str:
+        """The circuit in plain words, by rules from its numbers: parts, edges, faithfulness, and what is *not* known.
+
+        With the ``Report`` of this circuit it also says under which ablation, on how many prompts and against which random
+        circuits. ``CircuitError`` for a report of another circuit.
+        """
+        return describe_circuit(self, report)
+
     def __str__(self) -> str:
         return self.summary()
+
+    def _repr_html_(self) -> str:
+        return circuit_html(repr(self), self, self.describe())
 
     def __repr__(self) -> str:
         source = " on ".join(repr(self.graph[fact]) for fact in ("task", "model") if fact in self.graph)

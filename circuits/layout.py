@@ -55,8 +55,11 @@ def arrange(nodes: set[Node], strengths: dict[Edge, float], n_sweeps: int = 24) 
     return Layout(places, half_width, max(heights.values()))
 
 
-def route(layout: Layout, edge: Edge) -> Float[np.ndarray, "control=4 xy=2"]:
-    """Step 3: the control points of a Bézier curve, from the top of the writer to the reader's port."""
+def route(layout: Layout, edge: Edge, avoid: bool = True) -> Float[np.ndarray, "control=4 xy=2"]:
+    """Step 3: the control points of a Bézier curve, from the top of the writer to the reader's port.
+
+    Without ``avoid`` the edge runs directly, ten times as fast: where thousands are drawn, none can avoid all parts.
+    """
     writer, reader = edge[0], edge[1].with_port(None)
     start, end = np.array(layout.places[writer]), np.array(layout.places[reader])
     start[1], end[1] = start[1] + BOX[1] / 2, end[1] - BOX[1] / 2
@@ -65,10 +68,12 @@ def route(layout: Layout, edge: Edge) -> Float[np.ndarray, "control=4 xy=2"]:
     start[0] += np.clip(0.1 * (end[0] - start[0]), -0.3 * BOX[0], 0.3 * BOX[0])  # fan out at the writer
     candidates = [
         (_curve(s, e, bend), abs(bend) + 0.3 * abs(shift))
-        for shift in (_SHIFTS if is_bar(writer) or is_bar(reader) else [0.0])
-        for bend in _BENDS * min(1.0, (end[1] - start[1]) / 3)
+        for shift in (_SHIFTS if avoid and (is_bar(writer) or is_bar(reader)) else [0.0])
+        for bend in (_BENDS if avoid else _BENDS[:1]) * min(1.0, (end[1] - start[1]) / 3)
         for s, e in [_ends(layout, start, end, shift, writer, reader)]
     ]
+    if len(candidates) == 1:
+        return candidates[0][0]
     own = (writer, reader)
     others = np.array([place for node, place in layout.places.items() if node not in own and not is_bar(node)])
     costs = [8.0 * _n_hits(curve, others) + 0.5 * cost + 20.0 * _overhang(curve, layout) for curve, cost in candidates]

@@ -23,8 +23,8 @@ PORT_COLOURS: dict[str | None, str] = {"q": "#0072B2", "k": "#D55E00", "v": "#00
 SUFFIXES = (".png", ".svg", ".pdf")
 _INCHES = 0.8  # of a unit of the layout
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 2.0, 0.25, 0.8  # margins, in inches
-_INK = "#222222"
-_FILL = {
+INK = "#222222"
+FILL = {
     "head": "#FFFFFF",
     "group": "#FFFFFF",
     "mlp": "#F1E6C8",
@@ -40,7 +40,7 @@ _READ_AS: dict[str | None, str] = {
     None: "read by MLP, logits",
 }
 _DASHES = (0, (3, 1.6))
-_SIGNS = {  # of scores that are no effects of a cut: what a positive one says, and a negative one
+SIGNS = {  # of scores that are no effects of a cut: what a positive one says, and a negative one
     "codes-edges": ("more than each alone", "less than each alone"),
     "codes-edges-conditional": ("more than chance", "less than chance"),
 }
@@ -58,7 +58,7 @@ def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edge
 
     if path is not None and Path(path).suffix.lower() not in SUFFIXES:
         raise CircuitError(f"{os.fspath(path)!r}: pictures are written as {', '.join(SUFFIXES)}.")
-    view = _View.of(circuit, max_edges)
+    view = View.of(circuit, max_edges)
     reach = view.layout.half_width + SIDE
     size = 2 * reach * _INCHES, (view.layout.top + 1) * _INCHES
     width, height = size[0] + _LEFT + _RIGHT, size[1] + _BOTTOM + _TOP
@@ -77,7 +77,7 @@ def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edge
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """What is drawn: the shown edges, weakest first, with their scores (``None``: not scored), and where.
 
     ``heads``: the parts that each edge is drawn to, more than one where heads share what it is read as.
@@ -91,7 +91,7 @@ class _View:
     layout: Layout
 
     @classmethod
-    def of(cls, circuit: nx.DiGraph, max_edges: int) -> "_View":
+    def of(cls, circuit: nx.DiGraph, max_edges: int) -> "View":
         ranked = by_magnitude(circuit)
         is_scored = any("weight" in circuit.edges[edge] for edge in ranked)
         shown = ranked[:max_edges] if is_scored else _spread(ranked, max_edges)
@@ -139,7 +139,7 @@ def _draw_layers(axes: Any, layout: Layout) -> None:
         axes.text(*place, f"layer {layer}", ha="right", va="center", fontsize=8, color="#666666")
 
 
-def _draw_edges(axes: Any, view: _View) -> None:
+def _draw_edges(axes: Any, view: View) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
@@ -161,13 +161,13 @@ def _draw_edges(axes: Any, view: _View) -> None:
         axes.add_patch(curve)
 
 
-def _draw_parts(axes: Any, view: _View) -> None:
+def _draw_parts(axes: Any, view: View) -> None:
     ports = {head.with_port(edge[1].port) for edge in view.scores if edge[1].port for head in view.heads[edge]}
     for node, (x, y) in view.layout.places.items():
         width = 2 * (view.layout.half_width + SIDE) - 0.1 if is_bar(node) else BOX[0]
         axes.add_patch(_shape(node, x, y, width))
         small = {"fontsize": 8.5 if is_bar(node) else 7.5 if len(str(node)) < 8 else 6.0}
-        axes.text(x, y, str(node), ha="center", va="center", color=_INK, zorder=4, **small)
+        axes.text(x, y, str(node), ha="center", va="center", color=INK, zorder=4, **small)
     for port in sorted(ports):
         x, y = view.layout.places[port.with_port(None)]
         place = (x + port_offset(port), y - BOX[1] / 2)
@@ -179,7 +179,7 @@ def _shape(node: Node, x: float, y: float, width: float) -> Any:
     from matplotlib.patches import Ellipse, FancyBboxPatch, Polygon
 
     half, rise = width / 2, BOX[1] / 2
-    look = {"facecolor": _FILL[node.kind], "edgecolor": _INK, "linewidth": 0.9, "zorder": 3, "gid": str(node)}
+    look = {"facecolor": FILL[node.kind], "edgecolor": INK, "linewidth": 0.9, "zorder": 3, "gid": str(node)}
     if node.kind == "mlp":
         cut = 0.12
         upper = [(x - half, y), (x - half + cut, y + rise), (x + half - cut, y + rise)]
@@ -192,7 +192,7 @@ def _shape(node: Node, x: float, y: float, width: float) -> Any:
     return FancyBboxPatch((x - half, y - rise), width, BOX[1], boxstyle=style, **look)
 
 
-def _draw_title(figure: Any, view: _View, width: float, height: float) -> None:
+def _draw_title(figure: Any, view: View, width: float, height: float) -> None:
     named = [view.facts.get("task"), view.facts.get("model") and f"on {view.facts['model']}"]
     named += [view.facts.get("method") and f"by {view.facts['method']}"]
     title = " ".join(str(words) for words in named if words) or "circuit"
@@ -208,11 +208,11 @@ def _draw_title(figure: Any, view: _View, width: float, height: float) -> None:
     if "faithfulness_low" in view.facts and "faithfulness_high" in view.facts:
         counts[-1] += f" [{view.facts['faithfulness_low']:.3g}, {view.facts['faithfulness_high']:.3g}]"
     left = 0.2 / width
-    figure.text(left, 1 - 0.33 / height, title, fontsize=12, fontweight="bold", va="center", color=_INK)
+    figure.text(left, 1 - 0.33 / height, title, fontsize=12, fontweight="bold", va="center", color=INK)
     figure.text(left, 1 - 0.6 / height, " · ".join(counts), fontsize=9, va="center", color="#444444")
 
 
-def _draw_legend(axes: Any, view: _View) -> None:
+def _draw_legend(axes: Any, view: View) -> None:
     from matplotlib.lines import Line2D
 
     scores = [score for score in view.scores.values() if score is not None]
@@ -227,7 +227,7 @@ def _draw_legend(axes: Any, view: _View) -> None:
             label = f"|score| {share * view.largest:.2g}"
             lines.append(Line2D([], [], color="#999999", linewidth=line_width(share), label=label))
     if any(score < 0 for score in scores):
-        positive, negative = _SIGNS.get(str(view.facts.get("method")), ("helps", "hurts"))
+        positive, negative = SIGNS.get(str(view.facts.get("method")), ("helps", "hurts"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, label=f"positive: {positive}"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label=f"negative: {negative}"))
     if any(len(heads) > 1 for heads in view.heads.values()):
@@ -236,7 +236,7 @@ def _draw_legend(axes: Any, view: _View) -> None:
     present = {node.kind for node in view.layout.places}
     for kind, (marker, label) in marks.items():
         if kind in present:
-            lines.append(Line2D([], [], ls="", marker=marker, ms=9, mfc=_FILL[kind], mec=_INK, label=label))
+            lines.append(Line2D([], [], ls="", marker=marker, ms=9, mfc=FILL[kind], mec=INK, label=label))
     unit = view.facts.get("unit")
     title = f"score: {unit}" if unit and view.largest else None
     style = {"fontsize": 7.5, "title_fontsize": 8, "frameon": False, "alignment": "left"}

@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
+from circuits.curve_svg import NULL, Bar, curve_svg
 from circuits.curves import Curve
 from mechinterp.errors import CircuitError
 from mechinterp.files import read_document, to_document, write_text_atomically
+from mechinterp.html import beside, note, panel, table
 
 _KIND, _VERSION = "mechinterp report", 1
 
@@ -94,10 +97,18 @@ class Report:
         return float(np.mean([r < self.faithfulness for r in self.random])) if self.random else float("nan")
 
     @property
-    def facts(self) -> dict[str, float]:
-        """What a circuit carries of its report: ``circuit.graph.update(report.facts)`` shows it in its picture."""
+    def facts(self) -> dict[str, Any]:
+        """What a circuit carries of its report, as plain values: ``circuit.graph.update(report.facts)``.
+
+        Its picture then shows the faithfulness, and ``circuit.describe()`` also says how that was measured.
+        """
         low, high = self.interval
-        return {"faithfulness": self.faithfulness, "faithfulness_low": low, "faithfulness_high": high}
+        facts = {"faithfulness": self.faithfulness, "faithfulness_low": low, "faithfulness_high": high}
+        facts |= {name: getattr(self, name) for name in ("ablation", "corruption", "metric", "n_prompts", "complement")}
+        facts |= {"metric_model": self.clean, "metric_circuit": self.circuit, "metric_no_edges": self.corrupted}
+        if self.random:
+            facts |= {"n_random": len(self.random), "beats_random": self.beats_random, "best_random": max(self.random)}
+        return facts
 
     def save(self, path: str | os.PathLike) -> None:
         """JSON, whole or not at all."""
@@ -117,24 +128,43 @@ class Report:
             raise CircuitError(f"{os.fspath(path)!r} does not hold a usable report: {problem}") from problem
 
     def __str__(self) -> str:
+        return "\n".join([self._title, *(f"  {name:<16} {text}" for name, text in self._rows)])
+
+    def _repr_html_(self) -> str:
+        """The table, and beside it the curve, or the one size there is, between both baselines."""
+        bars = [Bar(self.n_edges, self.faithfulness, *self.interval, "this circuit")]
+        if self.random:
+            null = float(np.mean(self.random)), min(self.random), max(self.random)
+            bars.insert(0, Bar(self.n_edges, *null, "random", NULL))
+        lines = {"largest magnitudes": self.curve} if self.curve else {}
+        rows = [(name, text.replace("   ", " · ")) for name, text in self._rows]
+        drawn = curve_svg(lines, bars, self.n_edges_in_model, str(self))
+        about = "Bars and band: 95 % interval over prompts; random circuits: lowest to highest."
+        return panel(self._title, beside(table(("", ""), rows, left=2), drawn), note(about))
+
+    @property
+    def _title(self) -> str:
+        kept = f"{self.n_edges:,} of {self.n_edges_in_model:,} edges"
+        return f"{self.task} on {self.model}: {kept}, {self.n_prompts} prompts"
+
+    @property
+    def _rows(self) -> list[tuple[str, str]]:
         low, high = self.interval
         q1, median, q3 = self.quartiles
-        lines = [
-            f"{self.task} on {self.model}: {self.n_edges:,} of {self.n_edges_in_model:,} edges, {self.n_prompts} prompts",
-            f"  {self.metric:<16} model {self.clean:.3f}   circuit {self.circuit:.3f}   no edges {self.corrupted:.3f}",
-            f"  faithfulness     {self.faithfulness:.3f}   95 % interval [{low:.3f}, {high:.3f}]",
-            f"  per prompt       median {median:.3f}   quartiles [{q1:.3f}, {q3:.3f}]",
-            f"  other edges      {self.complement:.3f}",
-            f"  accuracy         model {self.accuracy_model:.3f}   circuit {self.accuracy_circuit:.3f}   KL {self.kl:.3f} nats",
+        rows = [
+            (self.metric, f"model {self.clean:.3f}   circuit {self.circuit:.3f}   no edges {self.corrupted:.3f}"),
+            ("faithfulness", f"{self.faithfulness:.3f}   95 % interval [{low:.3f}, {high:.3f}]"),
+            ("per prompt", f"median {median:.3f}   quartiles [{q1:.3f}, {q3:.3f}]"),
+            ("other edges", f"{self.complement:.3f}"),
         ]
-        if self.stability is not None:
-            lines.append(f"  stability        {self.stability:.3f}   of the circuit is found again on prompts drawn again")
-        if self.cpr is not None and self.cmd is not None:
-            lines.append(f"  all sizes        CPR {self.cpr:.3f} (largest values)   CMD {self.cmd:.3f} (largest magnitudes)")
         if self.random:
             null = f"mean {np.mean(self.random):.3f}   best of {len(self.random)}: {max(self.random):.3f}"
-            lines.insert(5, f"  random circuits  {null}")
-        lines.append(
-            f"  ablation         {self.ablation} ({self.corruption}); {self.items}s; all positions; cut from the clean run"
-        )
-        return "\n".join(lines)
+            rows.append(("random circuits", null))
+        accuracies = f"model {self.accuracy_model:.3f}   circuit {self.accuracy_circuit:.3f}"
+        rows.append(("accuracy", f"{accuracies}   KL {self.kl:.3f} nats"))
+        if self.stability is not None:
+            rows.append(("stability", f"{self.stability:.3f}   of the circuit is found again on prompts drawn again"))
+        if self.cpr is not None and self.cmd is not None:
+            rows.append(("all sizes", f"CPR {self.cpr:.3f} (largest values)   CMD {self.cmd:.3f} (largest magnitudes)"))
+        how = f"{self.ablation} ({self.corruption}); {self.items}s; all positions; cut from the clean run"
+        return [*rows, ("ablation", how)]

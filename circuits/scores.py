@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from circuits import selection
+from circuits.effects import panels_of
 from circuits.graph import Circuit
 from circuits.items import Items, count_of, names_of
+from circuits.scores_html import scores_html
 from circuits.wiring import Wiring
 from mechinterp.errors import CircuitError, UnknownNode, nearest
 from mechinterp.files import array_from_text, array_to_text, read_document, to_document, write_text_atomically
@@ -219,6 +221,10 @@ class Scores:
     def __repr__(self) -> str:
         what = f"{self.task!r} on {self.model!r} by {self.method!r}"
         return f"Scores({what}: {len(self):,} {self.items}s in {self.unit})"
+
+    def _repr_html_(self) -> str:
+        panels = panels_of(self.wiring, self.items, self.values, self.settings)
+        return scores_html(repr(self), panels, self.strongest(12), self.unit, is_summed=self.items == "edge")
 
     def _key(self, signed: bool) -> Float[np.ndarray, "item"]:
         return self.values if signed else np.abs(self.values)

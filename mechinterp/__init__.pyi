@@ -1,4 +1,5 @@
 from mechinterp import tasks as tasks
+from mechinterp.attribution import TextAttribution as TextAttribution
 from mechinterp.attribution import decompose as decompose
 from mechinterp.cache import ActivationCache as ActivationCache
 from mechinterp.decomposition.contributions import contributions as contributions
@@ -24,6 +25,7 @@ from mechinterp.models.tokenizer import Tokenizer as Tokenizer
 from mechinterp.models.transformer import ResidualStart as ResidualStart
 from mechinterp.models.transformer import Transformer as Transformer
 from mechinterp.nodes import Node as Node
+from mechinterp.pattern_plot import draw_patterns as draw_patterns
 from mechinterp.prompts import PromptBatch as PromptBatch
 from mechinterp.sinks import calibrate as calibrate
 from mechinterp.sinks import find_sinks as find_sinks

@@ -21,6 +21,7 @@ from mechinterp.decomposition.propagate import propagate
 from mechinterp.decomposition.rule_sets import Rules, rules_name, rules_named
 from mechinterp.decomposition.sources import INPUT, Reference, Source
 from mechinterp.decomposition.totals import Totals
+from mechinterp.describing import describe_text
 from mechinterp.errors import TaskError, nearest
 from mechinterp.files import to_document, write_text_atomically
 from mechinterp.models.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ from mechinterp.models.transformer import Transformer
 from mechinterp.nodes import Node
 from mechinterp.sites import Site
 from mechinterp.tasks.base import single_token, tokenizer_of
+from mechinterp.text_html import text_html
 
 BASELINES = ("mean", "zero")
 _KIND, _VERSION = "mechinterp text attribution", 1
@@ -76,6 +78,13 @@ class TextAttribution:
         """Write everything as a JSON document (``"mechinterp text attribution"``), one token and one score a line."""
         content = {**asdict(self), "scores": self.scores.tolist()}
         write_text_atomically(path, to_document(_KIND, _VERSION, content))
+
+    def describe(self) -> str:
+        """The numbers in plain words, by rules: which tokens speak for and against, how much, and what is *not* known."""
+        return describe_text(self)
+
+    def _repr_html_(self) -> str:
+        return text_html(self)
 
     def __str__(self) -> str:
         against = "" if self.foil is None else f" against {self.foil!r}"

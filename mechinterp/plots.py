@@ -9,11 +9,11 @@ import numpy as np
 
 from mechinterp.errors import TaskError
 from mechinterp.files import write_beside
+from mechinterp.html import AGAINST, FOR, visible
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _FULL = 96  # characters of a line
 _CHARACTER, _GAP, _BOX, _LINE, _LEFT = 0.095, 0.06, 0.25, 0.52, 0.95  # inches
-_FOR, _AGAINST = (0.84, 0.37, 0.0), (0.0, 0.45, 0.70)  # Okabe and Ito's vermillion and blue
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ def draw_text(found: Scored, path: str | os.PathLike | None = None, *, dpi: int 
 
     if path is not None and Path(path).suffix.lower() not in SUFFIXES:
         raise TaskError(f"{os.fspath(path)!r}: pictures are written as {', '.join(SUFFIXES)}.")
-    places = _places([_shown(token) for token in found.tokens])
+    places = _places([visible(token) for token in found.tokens])
     singles = [(at, at + 1, float(score)) for at, score in enumerate(found.scores)]
     rows = [("tokens", singles)]
     rows += [(f"round {n + 1}", [(p.start, p.stop, p.score) for p in phrases]) for n, phrases in enumerate(found.rounds)]
@@ -78,7 +78,7 @@ def draw_text(found: Scored, path: str | os.PathLike | None = None, *, dpi: int 
         for at, (token, place) in enumerate(zip(found.tokens, places, strict=True)):
             ink, y = "#222222" if at in inside else "#AAAAAA", top + place.line * _LINE + _BOX / 2
             style = {"fontsize": 8, "ha": "center", "va": "center", "family": "monospace", "parse_math": False}
-            axes.text((place.left + place.right) / 2, y, _shown(token), color=ink, **style)
+            axes.text((place.left + place.right) / 2, y, visible(token), color=ink, **style)
     if path is not None:
         with write_beside(path) as beside:
             figure.savefig(beside)
@@ -97,8 +97,8 @@ def _draw_span(axes: Any, places: list[_Place], top: float, score: float, larges
     """One box for each line that the span touches, and its number under the first."""
     from matplotlib.patches import FancyBboxPatch
 
-    share, colour = abs(score) / largest, _FOR if score > 0 else _AGAINST
-    shade = tuple(1 - 0.85 * share * (1 - channel) for channel in colour)
+    share, colour = abs(score) / largest, FOR if score > 0 else AGAINST
+    shade = tuple(1 - 0.85 * share * (1 - channel / 255) for channel in colour)
     for line in range(places[0].line, places[-1].line + 1):
         here = [place for place in places if place.line == line]
         left, right, y = here[0].left, here[-1].right, top + line * _LINE
@@ -119,8 +119,3 @@ def _places(words: list[str]) -> list[_Place]:
         places.append(_Place(line, left, right))
         left = right + _GAP
     return places
-
-
-def _shown(token: str) -> str:
-    """A token as it can be read: line ends as signs, without the spaces at its sides."""
-    return token.replace("\n", "⏎").strip(" ") or "␣"

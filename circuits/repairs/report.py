@@ -13,6 +13,7 @@ from circuits.scores import Scores
 from circuits.statistics import bootstrap_means, interval, rank_correlation
 from mechinterp.errors import CircuitError
 from mechinterp.files import read_document, to_document, write_text_atomically
+from mechinterp.html import from_markdown, panel
 
 _KIND, _VERSION = "mechinterp repair", 1
 UNEDITED = "unedited"
@@ -159,6 +160,9 @@ class Repair:
             return cls(document["facts"], conditions, controls, tuple(_downstream(facts) for facts in document["downstream"]))
         except (TypeError, KeyError, AttributeError, ValueError) as problem:
             raise CircuitError(f"{os.fspath(path)!r} does not hold a usable repair: {problem}") from problem
+
+    def _repr_html_(self) -> str:
+        return panel("", from_markdown(str(self)))
 
     def __str__(self) -> str:
         """Markdown: the conditions with random heads below them, the errors, and the later heads that changed most."""

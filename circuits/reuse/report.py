@@ -9,6 +9,7 @@ from circuits.reuse.chance import Chance
 from circuits.reuse.overlaps import Overlap, RankCorrelation
 from mechinterp.errors import CircuitError
 from mechinterp.files import read_document, to_document, write_text_atomically
+from mechinterp.html import from_markdown, panel
 
 _KIND, _VERSION = "mechinterp reuse", 1
 RANDOM = "random circuits"
@@ -126,6 +127,9 @@ class Reuse:
         circuits = dict.fromkeys(transfer.circuit for transfer in here)
         rows = [(circuit, *(_faithfulness(at[circuit, task]) for task in self.tasks)) for circuit in circuits]
         return f"Faithfulness of circuits of {_percent(cut)} of the {self.items}s", ("circuit of", *self.tasks), rows
+
+    def _repr_html_(self) -> str:
+        return panel("", from_markdown(str(self)))
 
     def __str__(self) -> str:
         """Markdown: what was compared, and the tables."""

@@ -8,10 +8,12 @@ import typer
 from mechinterp.cli.compare import compare
 from mechinterp.cli.decompose import decompose
 from mechinterp.cli.discover import discover
+from mechinterp.cli.export import export, formats
 from mechinterp.cli.lists import methods, models, tasks
 from mechinterp.cli.repair import repair
 from mechinterp.cli.reuse import reuse
 from mechinterp.cli.sae import autoencoders
+from mechinterp.cli.view import view
 from mechinterp.errors import MechinterpError
 
 app = typer.Typer(
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (discover, compare, reuse, repair, decompose, tasks, models, methods):
+for command in (discover, compare, reuse, repair, decompose, export, view, tasks, models, methods, formats):
     app.command()(command)
 app.add_typer(autoencoders)
 

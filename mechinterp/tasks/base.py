@@ -16,6 +16,7 @@ from mechinterp.errors import TaskError
 from mechinterp.metrics import Metric
 from mechinterp.models.tokenizer import Tokenizer
 from mechinterp.prompts import PromptBatch
+from mechinterp.task_html import task_html
 
 Piece = str | tuple[str, str]
 
@@ -51,6 +52,10 @@ class Task:
         """Prompt ``index`` as text, BOS included if the tokens have it."""
         tokens = self.prompts.corrupted if corrupted else self.prompts.clean
         return self.tokenizer.decode(tokens[index, : int(self.prompts.end[index]) + 1].tolist())
+
+    def _repr_html_(self) -> str:
+        about = f"{self.name}: {self.metric_name}, corrupted by {self.corruption}"
+        return task_html(about, self.prompts, self.tokenizer, self.group_names)
 
 
 @dataclass(frozen=True)

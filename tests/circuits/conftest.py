@@ -44,3 +44,34 @@ def nonsense_tokenizer() -> Tokenizer:
     import tokenizers
 
     return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")), "nonsense")
+
+
+@pytest.fixture
+def report():
+    """A report of 40 edges, with a curve of two sizes and two random circuits."""
+    from circuits import Curve, Report
+
+    return Report(
+        model="toy",
+        task="t",
+        corruption="abc",
+        metric="logit_diff",
+        ablation="resample",
+        n_prompts=8,
+        n_edges=40,
+        n_edges_in_model=200,
+        clean=4.0,
+        corrupted=-1.0,
+        circuit=3.0625,
+        faithfulness=0.8125,
+        interval=(0.7, 0.9),
+        quartiles=(0.6, 0.8, 1.0),
+        complement=0.125,
+        random=(0.0, 0.1),
+        groups={},
+        curve=Curve((10, 200), (0.4, 1.0), (0.3, 1.0), (0.5, 1.0), (0.05, 1.0), (10, 200)),
+        seed=0,
+        accuracy_model=1.0,
+        accuracy_circuit=0.75,
+        kl=0.25,
+    )

@@ -8,10 +8,12 @@ import pytest
 
 from circuits import Circuit, Scores, Wiring
 from circuits.export import FORMATS
+from circuits.mermaid import mermaid
 from mechinterp.errors import CircuitError
 from mechinterp.nodes import Node
 
 READABLE = [name for name, format in FORMATS.items() if format.read]
+HOLD_ANY_CIRCUIT = [name for name in READABLE if name != "eap-ig"]  # which lists the edges of a model, and no others
 
 
 @pytest.fixture(params=[None, 1], ids=["own keys", "shared keys"])
@@ -44,7 +46,7 @@ def test_a_circuit_is_read_back_equal(circuit, tmp_path, name):
     assert Wiring.of(loaded) == Wiring.of(circuit)
 
 
-@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize("name", HOLD_ANY_CIRCUIT)
 def test_circuits_without_scores_with_positions_with_latents_or_empty_survive(tmp_path, name):
     path = tmp_path / "any.file"
     sparse = Circuit(task="greeting")
@@ -55,7 +57,7 @@ def test_circuits_without_scores_with_positions_with_latents_or_empty_survive(tm
         assert nx.utils.graphs_equal(Circuit.load(path, format=name), circuit)
 
 
-@pytest.mark.parametrize("name", ["json", "graphml", "gexf", "dot", "svg"])
+@pytest.mark.parametrize("name", ["json", "graphml", "gexf", "attribution-graph", "eap-ig", "dot", "mermaid", "svg"])
 def test_equal_circuits_make_equal_files(circuit, tmp_path, name):
     first, second = tmp_path / f"1{FORMATS[name].suffix}", tmp_path / f"2{FORMATS[name].suffix}"
     circuit.save(first)
@@ -95,7 +97,41 @@ def test_dot_draws_what_heads_share_as_a_part_of_its_own(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("suffix", [".dot", ".png", ".svg", ".pdf"])
+def test_mermaid_has_a_box_a_layer_and_one_arrow_a_pair(tmp_path):
+    circuit = Circuit(task="it's", model="toy", n_heads=4, n_key_value_heads=2)
+    circuit.keep("input", "a0.h1.q", weight=2.0)
+    circuit.keep("input", "a0.g0.k", weight=-0.5)
+    circuit.keep("a0.h1", "m1@3", weight=-1.0)
+    circuit.save(tmp_path / "circuit.mmd")
+    assert (tmp_path / "circuit.mmd").read_text().splitlines() == [
+        "---",
+        "title: 'it''s on toy: 2 arrows'",
+        "---",
+        "flowchart BT",
+        '  input(["input"])',
+        '  subgraph layer0 ["layer 0"]',
+        '    a0_h1["a0.h1"]',
+        "  end",
+        '  subgraph layer1 ["layer 1"]',
+        '    m1_at_3{{"m1@3"}}',
+        "  end",
+        '  input -- "qk +1.5" --> a0_h1',
+        '  a0_h1 -. "-1" .-> m1_at_3',
+    ]
+
+
+def test_mermaid_shows_no_more_than_pages_draw_and_says_so(circuit):
+    lines = mermaid(circuit, most=3).splitlines()
+    assert sum("-->" in line or ".->" in line for line in lines) == 3
+    assert "the 3 strongest of" in lines[1]
+
+
+def test_every_format_says_who_opens_it():
+    assert all(format.what and format.suffix.startswith(".") for format in FORMATS.values())
+    assert len({format.suffix for format in FORMATS.values()}) == len(FORMATS)
+
+
+@pytest.mark.parametrize("suffix", [".dot", ".mmd", ".png", ".svg", ".pdf"])
 def test_formats_for_looking_say_what_to_load_instead(circuit, tmp_path, suffix):
     circuit.save(tmp_path / f"circuit{suffix}")
     with pytest.raises(CircuitError, match=r"for looking, not for loading. Save as \.json"):
