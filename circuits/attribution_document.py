@@ -22,6 +22,7 @@ import networkx as nx
 from circuits.attribution_links import Links, Term
 from circuits.attribution_nodes import Columns, Sheet
 from circuits.edges import residual_edges, wholes
+from circuits.picture import signs_of
 from mechinterp.errors import CircuitError
 from mechinterp.files import write_text_atomically
 from mechinterp.nodes import Node
@@ -61,7 +62,7 @@ class AttributionGraph:
         The folder is made if it is missing (the one above it is not); a graph of the same slug is replaced, others stay.
         """
         folder = Path(folder)
-        folder.mkdir(exist_ok=True)
+        _make(folder)
         index = folder / INDEX
         others = json.loads(index.read_text(encoding="utf-8"))["graphs"] if index.exists() else []
         path = folder / f"{self.slug}.json"
@@ -80,6 +81,15 @@ class AttributionGraph:
 
     def __repr__(self) -> str:
         return f"AttributionGraph({self.slug!r}: {len(self.document['nodes']):,} nodes, {len(self.document['links']):,} links)"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise CircuitError(f"{os.fspath(folder)!r} is a file. Name a folder, or a file that ends in .json.") from None
+    except FileNotFoundError:
+        raise CircuitError(f"cannot make {os.fspath(folder)!r}: there is no folder above it. Create that first.") from None
 
 
 def write_circuit(circuit: nx.DiGraph, path: Path) -> None:
@@ -122,9 +132,13 @@ def of_circuit(circuit: nx.DiGraph, most: int = MOST) -> AttributionGraph:
     every = Links.of(_terms(circuit, column_of))
     links = every.at_most(len(columns.tokens) * 2 // 3).strongest(most)
     unit = circuit.graph.get("unit", "the metric")
+    positive, _ = signs_of(circuit.graph)
+    means = f"how much {unit} falls if its edges are cut (positive: they help)"
+    if positive != "helps":
+        means = f"the sum of its edges' scores in {unit} (positive: {positive})"
     description = (
-        f"A circuit, and no prompt. A link's weight is how much {unit} falls if its edges are cut (positive: they help). "
-        "No probability is known. Parts without a position stand in columns of their own."
+        f"A circuit, and no prompt. A link's weight is {means}. No probability is known. Parts without a position stand in "
+        "columns of their own."
     )
     slug = "-".join(str(circuit.graph[fact]) for fact in ("task", "model") if fact in circuit.graph)
     attributes = {part: dict(circuit.nodes[part]) for part in parts if part in circuit}

@@ -120,6 +120,7 @@ def _ports(edges: list[Edge]) -> str:
     counts = {word: sum(reader.port == port for _, reader in edges) for port, word in _PORTS.items()}
     counts |= {"an MLP": sum(reader.kind == "mlp" for _, reader in edges)}
     counts |= {"the logits": sum(reader.kind == "logits" for _, reader in edges)}
+    counts |= {"a neuron": sum(reader.kind == "neuron" for _, reader in edges)}
     counts |= {"a latent or an error": sum(reader.kind in ("latent", "error") for _, reader in edges)}
     words = {name: f"as a {name}" if name in _PORTS.values() else f"by {name}" for name in counts}
     told = [f"{count:,} {words[name]}" for name, count in counts.items() if count]
@@ -148,18 +149,19 @@ def _paths(circuit: nx.DiGraph, edges: list[Edge]) -> str:
     if not any("weight" in circuit.edges[edge] for edge in edges):
         return aside
     path, weakest = _widest(circuit, edges)
-    names = " -> ".join(map(str, path))
-    return f"The path whose weakest edge is strongest runs {names}; that edge has |score| {weakest:.3g}. {aside}"
+    told = "has no score" if weakest is None else f"has |score| {weakest:.3g}"
+    return f"The path whose weakest edge is strongest runs {' -> '.join(map(str, path))}; that edge {told}. {aside}"
 
 
-def _widest(circuit: nx.DiGraph, edges: list[Edge]) -> tuple[list[Node], float]:
+def _widest(circuit: nx.DiGraph, edges: list[Edge]) -> tuple[list[Node], float | None]:
     """By halving: the fewest of the strongest edges that hold a path. Ports are left out of what is told."""
     none, all_of_them = 0, len(edges)
     while all_of_them - none > 1:
         middle = (none + all_of_them) // 2
         none, all_of_them = (none, middle) if _path(circuit, edges[:middle]) else (middle, all_of_them)
     path = [node for node in _path(circuit, edges[:all_of_them]) if node.port is None]
-    return path, abs(circuit.edges[edges[all_of_them - 1]].get("weight", 0.0))
+    weight = circuit.edges[edges[all_of_them - 1]].get("weight")
+    return path, None if weight is None else abs(weight)
 
 
 def _path(circuit: nx.DiGraph, edges: list[Edge]) -> list[Node]:

@@ -39,7 +39,8 @@ def write_circuit(circuit: nx.DiGraph, path: Path) -> None:
     ``CircuitError`` for a circuit whose facts do not tell its model's shape, or with parts that the format does not know.
     """
     kept = {edge: circuit.edges[edge].get("weight") for edge in circuit.edges if is_residual(*edge)}
-    save(path, circuit.graph, kept, kept, {"facts": dict(circuit.graph), "positive": "helps"})
+    known = {} if "positive" in circuit.graph else {"positive": "helps"}  # read from a file that did not say, nor do we
+    save(path, circuit.graph, kept, kept, {"facts": dict(circuit.graph), **known})
 
 
 def read_circuit(path: Path) -> nx.DiGraph:

@@ -93,13 +93,14 @@ def counted(n: int, word: str) -> str:
 
 
 def counted_parts(kinds: Sequence[str]) -> list[str]:
-    """How many heads and MLPs there are, or, in a circuit of latents, how many latents and errors.
+    """How many heads and MLPs there are, or, in a circuit of latents, how many latents and errors; and neurons, if any.
 
     >>> counted_parts(["input", "latent", "latent", "error"])
     ['2 latents', '1 error']
     """
     latents = {"latent": "latent", "error": "error"}
     words = latents if {*latents} & {*kinds} else {"head": "head", "mlp": "MLP"}
+    words |= {"neuron": "neuron"} if "neuron" in kinds else {}
     return [counted(kinds.count(kind), word) for kind, word in words.items()]
 
 
@@ -140,5 +141,5 @@ def _reader_order(node: Node) -> tuple[int, int, int, int, int]:
     layer = 1 << 30 if node.layer is None else node.layer
     stage = PORTS.index(node.port) if node.port else len(PORTS)
     pos = -1 if node.pos is None else node.pos
-    kinds = ["head", "group", "latent", "error", "mlp", "input", "logits"]
+    kinds = ["head", "group", "latent", "error", "mlp", "neuron", "input", "logits"]
     return layer, stage, kinds.index(node.kind), node.index or 0, pos

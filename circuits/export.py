@@ -51,7 +51,7 @@ def write(circuit: nx.DiGraph, path: str | os.PathLike, format: str | None = Non
 
 def read(path: str | os.PathLike, format: str | None = None) -> nx.DiGraph:
     """The graph in a file. ``CircuitError`` for a format that is for looking only, or a file that is no circuit."""
-    chosen = _choose(path, format)
+    chosen = _choose(path, format, reads=True)
     if chosen.read is None:
         readable = ", ".join(known.suffix for known in FORMATS.values() if known.read)
         raise CircuitError(f"{os.fspath(path)!r}: {chosen.suffix} files are for looking, not for loading. Save as {readable}.")
@@ -81,7 +81,7 @@ def with_string_nodes(circuit: nx.DiGraph) -> nx.DiGraph:
     return graph
 
 
-def _choose(path: str | os.PathLike, format: str | None) -> "Format":
+def _choose(path: str | os.PathLike, format: str | None, reads: bool = False) -> "Format":
     if format is not None:
         if format not in FORMATS:
             raise CircuitError(f"{format!r} is not a format. Known: {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
@@ -89,8 +89,9 @@ def _choose(path: str | os.PathLike, format: str | None) -> "Format":
     name = Path(path).name.lower()
     if fitting := [known for known in FORMATS.values() if name.endswith(known.suffix)]:
         return max(fitting, key=lambda known: len(known.suffix))
-    known = ", ".join(known.suffix for known in FORMATS.values())
-    raise CircuitError(f"{os.fspath(path)!r} has no suffix that says how to write a circuit. Known: {known}; or give format=.")
+    known = ", ".join(known.suffix for known in FORMATS.values() if known.read or not reads)
+    does = "read" if reads else "write"
+    raise CircuitError(f"{os.fspath(path)!r} has no suffix that says how to {does} a circuit. Known: {known}; or give format=.")
 
 
 def _write_json(circuit: nx.DiGraph, path: Path) -> None:

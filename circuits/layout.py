@@ -95,7 +95,7 @@ def crossing_count(layout: Layout, graph: nx.DiGraph) -> int:
 def _row_of(node: Node) -> tuple[int, int]:
     layer = node.layer if node.layer is not None else -1 if node.kind == "input" else 1 << 30
     bars = {"input": int(not is_bar(node)), "logits": int(is_bar(node))}
-    return layer, ({"head": 0, "group": 0, "latent": 1, "error": 1, "mlp": 2} | bars)[node.kind]
+    return layer, ({"head": 0, "group": 0, "latent": 1, "error": 1, "neuron": 2, "mlp": 2} | bars)[node.kind]
 
 
 def _rows(nodes: set[Node]) -> list[list[Node]]:

@@ -6,6 +6,7 @@ that heads share is drawn to each of them that the circuit uses, and counted onc
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ FILL = {
     "head": "#FFFFFF",
     "group": "#FFFFFF",
     "mlp": "#F1E6C8",
+    "neuron": "#F1E6C8",
     "latent": "#E4E4F4",
     "error": "#F7DADA",
     "input": "#DDDDDD",
@@ -44,6 +46,16 @@ SIGNS = {  # of scores that are no effects of a cut: what a positive one says, a
     "codes-edges": ("more than each alone", "less than each alone"),
     "codes-edges-conditional": ("more than chance", "less than chance"),
 }
+
+
+def signs_of(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What a positive score of a circuit says, and a negative one.
+
+    >>> signs_of({"method": "eap"}), signs_of({"positive": "not said by the file"})
+    (('helps', 'hurts'), ('not said by the file', 'not said by the file'))
+    """
+    told = facts.get("positive", "helps")  # of scores that another program wrote: see eap_ig.read_circuit
+    return SIGNS.get(str(facts.get("method")), ("helps", "hurts") if told == "helps" else (str(told), str(told)))
 
 
 def draw(circuit: nx.DiGraph, path: str | os.PathLike | None = None, *, max_edges: int = 400, dpi: int = 160) -> Any:
@@ -227,7 +239,7 @@ def _draw_legend(axes: Any, view: View) -> None:
             label = f"|score| {share * view.largest:.2g}"
             lines.append(Line2D([], [], color="#999999", linewidth=line_width(share), label=label))
     if any(score < 0 for score in scores):
-        positive, negative = SIGNS.get(str(view.facts.get("method")), ("helps", "hurts"))
+        positive, negative = signs_of(view.facts)
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, label=f"positive: {positive}"))
         lines.append(Line2D([], [], color="#555555", linewidth=1.8, linestyle=_DASHES, label=f"negative: {negative}"))
     if any(len(heads) > 1 for heads in view.heads.values()):

@@ -74,7 +74,8 @@ def attribution_graph(
         raise CircuitError("this prompt has one token, and pages show nothing on so few. Take a prompt of two or more.")
     links = _strongest(run.terms(circuit, 4 * max_links), max_links, room=run.n_tokens * 2 // 3)
     facts = {**circuit.graph, "task": task.name, "model": model.config.name, "method": "eap", "unit": task.metric_name}
-    facts.pop("settings", None)
+    for about_scores in ("settings", "positive"):  # of the circuit's scores, which are not shown
+        facts.pop(about_scores, None)
     columns = run.columns(task)
     description = (
         f"The circuit of {task.name} on one prompt. A link's weight is how much {task.metric_name} falls, to first order, if "

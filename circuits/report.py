@@ -28,7 +28,7 @@ class Report:
 
     With scores, ``curve`` cuts them by magnitude and ``signed_curve`` by value: MIB's CMD and CPR. ``stability`` is how
     much of the circuit other prompts would find again: the mean Jaccard index between the circuits of this size on all
-    prompts and on prompts drawn again with replacement. 0.8 and more is a usual bar (Méloux et al. 2025).
+    prompts and on prompts drawn again with replacement. Méloux et al. 2025 ask for 0.8.
     """
 
     model: str

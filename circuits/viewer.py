@@ -26,6 +26,10 @@ from circuits.viewer_data import viewer_data
 from mechinterp.errors import CircuitError
 from mechinterp.files import write_text_atomically
 
+# One subject each, joined into one scope.
+_SCRIPTS = ("tools", "circuit", "drawing", "canvas", "picture", "attention", "card", "table", "controls", "toolbar")
+_SCRIPTS += ("pointing", "viewer")
+
 
 def view(
     circuit: nx.DiGraph,
@@ -77,14 +81,19 @@ def page(data: dict[str, Any]) -> str:
     """The whole HTML file. The same data give the same bytes."""
     start = 'show(document.getElementById("viewer"), JSON.parse(document.getElementById("data").textContent));'
     parts = {"title": html.escape(data["title"]), "data": _json(data), "css": asset("viewer.css")}
-    parts["js"] = f"{asset('viewer.js')}\n{start}\n"
+    parts["js"] = f"{script()}\n{start}\n"
     parts |= {f"{name}_hash": _hash(parts[name]) for name in ("css", "js")}
     # One pass, so that what is put in is not searched for names again.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("viewer.html"))
 
 
+def script() -> str:
+    """The viewer's script, which defines ``show(root, data)``: all its files, as one."""
+    return "\n".join(asset(f"{name}.js") for name in _SCRIPTS)
+
+
 def asset(name: str) -> str:
-    """A file of the viewer: ``viewer.js``, ``viewer.css`` or ``viewer.html``."""
+    """A file of the viewer: its style, its page, or a part of its script."""
     return (resources.files("circuits") / "assets" / name).read_text(encoding="utf-8")
 
 

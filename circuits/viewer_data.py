@@ -13,7 +13,7 @@ import networkx as nx
 
 from circuits.edges import Edge, by_magnitude, counted, counted_parts, edge_name, wholes
 from circuits.layout import BOX, SIDE, Layout, arrange, is_bar, port_offset, route
-from circuits.picture import SIGNS, drawn_to, line_width
+from circuits.picture import drawn_to, line_width, signs_of
 from mechinterp.nodes import Node
 
 N_ROUTED = 400  # the strongest edges decide the layout and bend around other parts; the rest run directly
@@ -22,7 +22,7 @@ _POINTS_TO_PIXELS = 1.25
 
 
 def viewer_data(circuit: nx.DiGraph, evidence: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All that ``viewer.js`` shows: ``parts``, ``edges`` (strongest first), ``layers``, ``size``, words, and ``evidence``.
+    """All that the viewer shows: ``parts``, ``edges`` (strongest first), ``layers``, ``size``, words, and ``evidence``.
 
     Lengths are in units of the layout, heights upwards; line widths in pixels. A part has a ``name`` without its port; an
     edge its ``name``, the parts ``from`` and ``to`` by number, the ``port`` it is read as, a ``score`` (None: not scored) and
@@ -44,7 +44,7 @@ def viewer_data(circuit: nx.DiGraph, evidence: Mapping[str, Any] | None = None) 
         "counts": _counts(circuit, edges, parts),
         "facts": [[str(name), _in_words(fact)] for name, fact in sorted(circuit.graph.items())],
         "unit": circuit.graph.get("unit") and str(circuit.graph["unit"]),
-        "signs": list(SIGNS.get(str(circuit.graph.get("method")), ("helps", "hurts"))),
+        "signs": list(signs_of(circuit.graph)),
         "size": {"half_width": _short(layout.half_width + SIDE), "top": _short(layout.top), "box": list(BOX)},
         "layers": _layers(layout),
         "parts": [_part(part, layout) for part in parts],

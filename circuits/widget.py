@@ -8,7 +8,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.viewer import asset, evidence_of
+from circuits.viewer import asset, evidence_of, script
 from circuits.viewer_data import viewer_data
 from mechinterp.errors import CircuitError
 
@@ -28,7 +28,7 @@ def explore(circuit: nx.DiGraph, model: Any = None, task: Any = None, *, n_promp
         ) from None
 
     class CircuitWidget(anywidget.AnyWidget):
-        _esm = asset("viewer.js")
+        _esm = f"{script()}\n{asset('widget.js')}"
         _css = asset("viewer.css")
         data = traitlets.Dict().tag(sync=True)
         selected = traitlets.Unicode("").tag(sync=True)

@@ -35,7 +35,7 @@ model = mi.load("builtin")
 #
 # *The tradition went on from the year 1225 until the year 12* … must end with something above 25 (Hanna et al. 2023,
 # arXiv:2305.00586). The metric is a **difference of probabilities**: of all years above, minus all years below. The
-# corrupted prompts begin in year 01, so that every year is allowed.
+# corrupted prompts begin in year 01, after which nearly every year is right.
 
 # %%
 years = greater_than(model, n_prompts=24, seed=0)

@@ -147,7 +147,7 @@ columns = ["task", "method", "parts that stand out", "strongest", "its score"]
 pd.DataFrame(rows, columns=columns).set_index(["task", "method"]).round(2)
 
 # %% [markdown]
-# On IOI `codes` selects next to nothing, which is right, and is an answer to another question than "what is the
+# On IOI `codes` selects nothing, which is right, and is an answer to another question than "what is the
 # circuit?". `codes-change` compares a prompt with its own partner and selects most of the model, since nearly every part
 # hears that names changed.
 #

@@ -189,8 +189,8 @@ Markdown(str(repaired))
 draw_repair(repaired, dpi=80)
 
 # %% [markdown]
-# A handful of heads, told to look at the question, and nearly every prompt is right; random heads that are told the same
-# do nothing. So everything behind these heads was in order. What went wrong was where they looked.
+# Three heads, told to look at the question, and every prompt is right; random heads that are told the same do nothing.
+# So everything behind these heads was in order. What went wrong was where they looked.
 #
 # Here is the same edit as an intervention, which works wherever a model runs, on the first six prompts:
 

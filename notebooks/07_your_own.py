@@ -91,7 +91,7 @@ except mi.MechinterpError as problem:
 
 # %% [markdown]
 # Refused, and rightly. The model knows this task in one form, with two mentions of the giver, and a third throws it off:
-# it does worse than guess. To find out *why* a model fails, `allow_unsolved=True` searches all the same; notebook 6
+# it does worse than a guess. To find out *why* a model fails, `allow_unsolved=True` searches all the same; notebook 6
 # repairs a failure.
 #
 # ## A second try

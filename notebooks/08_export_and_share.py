@@ -95,9 +95,9 @@ print("all that feeds a2.h5:", *sorted(nx.ancestors(graph, "a2.h5")))
 # %% [markdown]
 # ## A page to look around in
 #
-# `view` writes one HTML file. It needs no server and no network, so it can be mailed, and it will still open in ten
-# years. Layers go up from the input to the logits; filter by score, sign, path and position, click a part to leave what
-# leads to it and from it, hover for where a head looks. With the model and the task its cards show attention on real
+# `view` writes one HTML file. It needs no server and no network, so it can be mailed. Layers go up from the input
+# to the logits; filter by score, sign, path and position, click a part to leave what leads to it and from it, hover for
+# where a head looks. With the model and the task its cards show attention on real
 # prompts:
 
 # %%

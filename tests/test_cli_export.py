@@ -57,6 +57,10 @@ def test_a_circuit_on_a_prompt_becomes_a_folder_to_serve_or_one_file(saved, caps
         (("circuit.json", "out.gexf", "--on", "ioi", "--format", "gexf"), "--on draws an attribution graph, and not gexf"),
         (("circuit.json", "out", "--on", "ioi", "--prompt", -1), "--prompt -1 is none"),
         (("nowhere.json", "out.gexf"), "nowhere.json"),
+        (("circuit.txt", "out.gexf"), "how to read a circuit. Known: .json, .node-link.json, .graphml, .gexf, .attribution"),
+        (("circuit.json", "out.eap-ig.json", "--on", "ioi"), "names eap-ig. Name a folder, or a file that ends in .json."),
+        (("circuit.json", "out.graphml", "--on", "ioi"), "'out.graphml' names graphml"),
+        (("circuit.json", "no/where/out", "--on", "ioi"), "there is no folder above it"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(saved, capsys, arguments, message):

@@ -14,7 +14,7 @@ SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 FACES = {"mechinterp", "circuits", "saes", "mechinterp.tasks"}
 DOCUMENTED = {"mechinterp.models.compiled", "mechinterp.models.tracr", "circuits.export"}
 OURS = ("mechinterp", "circuits", "saes")
-MACHINE_PATHS = re.compile(r"(?<![\w./:])/(?:home|root|work|Users|tmp/w|usr|opt|mnt|private/var|workspace)/|[A-Z]:\\Users")
+MACHINE_PATHS = re.compile(r"(?<![\w./:])/(?:home|root|work|Users|tmp|usr|opt|mnt|private/var|workspace)/|[A-Z]:\\Users")
 named = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 

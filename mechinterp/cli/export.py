@@ -27,6 +27,10 @@ def export(
 
     if on is not None and (format or "attribution-graph") != "attribution-graph":
         raise CircuitError(f"--on draws an attribution graph, and not {format}. Leave --format out, or --on.")
+    if on is not None and (other := _other_format(out)):
+        raise CircuitError(
+            f"--on draws an attribution graph, and {str(out)!r} names {other}. Name a folder, or a file that ends in .json."
+        )
     if prompt < 0:
         raise CircuitError(f"--prompt {prompt} is none. They are counted from 0.")
     found = Circuit.load(circuit, source)
@@ -44,6 +48,14 @@ def export(
     else:
         out = graph.save_in(out)
     print(f"{graph!r}\nWritten to {out}")
+
+
+def _other_format(out: Path) -> str | None:
+    """The format that a file's suffix promises, unless an attribution graph may be written there."""
+    from circuits.export import FORMATS
+
+    fitting = [(len(known.suffix), name) for name, known in FORMATS.items() if out.name.lower().endswith(known.suffix)]
+    return next((name for _, name in sorted(fitting, reverse=True)[:1] if name not in ("json", "attribution-graph")), None)
 
 
 def formats() -> None:

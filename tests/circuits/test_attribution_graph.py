@@ -248,7 +248,10 @@ def test_cantor_numbers_are_distinct():
 
 
 def test_a_circuit_is_read_back_from_its_prompt(on_ioi, shown, tmp_path):
-    _, _, circuit = on_ioi
+    model, task, circuit = on_ioi
+    foreign = circuit.copy()
+    foreign.graph["positive"] = "not said by the file"
+    assert "positive" not in attribution_graph(model, task, foreign, max_links=5).document["metadata"]["mechinterp"]["facts"]
     shown.save(tmp_path / "ioi.json")
     loaded = Circuit.load(tmp_path / "ioi.json", format="attribution-graph")
     assert set(loaded.edges_kept) <= set(circuit.edges_kept)

@@ -95,6 +95,20 @@ def test_the_path_told_is_the_widest():
         assert f"that edge has |score| {max(widths):.3g}." in circuit.describe()
 
 
+def test_an_unscored_edge_on_the_path_has_no_score_made_up():
+    mixed = Circuit()
+    mixed.keep("input", "m0", weight=0.5)
+    mixed.keep("m0", "logits")
+    assert "runs input -> m0 -> logits; that edge has no score." in mixed.describe()
+
+
+def test_neurons_are_counted():
+    neurons = Circuit()
+    neurons.keep("input", "m0.n5", weight=0.5)
+    assert "1 neuron." in neurons.describe()
+    assert "1 by a neuron" in neurons.describe()
+
+
 def test_long_lists_are_cut_and_say_so():
     wiring = Wiring(2, 2)
     circuit = Scores(wiring, np.arange(46.0) + 1, method="eap", unit="logits", model="toy", task="t").top(46)

@@ -121,6 +121,11 @@ def test_a_foreign_circuit_keeps_its_scores_and_says_that_the_sign_is_not_known(
     (edge,) = circuit.edges_kept
     assert circuit.edges[edge]["weight"] == -scores.values[scores.wiring.index("input", "m0")]
     assert circuit.graph["positive"] == "not said by the file"
+    circuit.save(tmp_path / "again.eap-ig.json")
+    with pytest.raises(CircuitError, match="does not say its sign"):
+        load_eap_ig(tmp_path / "again.eap-ig.json")
+    circuit.save(tmp_path / "c.attribution-graph.json")
+    assert "(positive: not said by the file)" in (tmp_path / "c.attribution-graph.json").read_text()
     assert Wiring.of(circuit) == scores.wiring
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import resources
 from xml.etree import ElementTree
 
 import networkx as nx
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from circuits import Circuit, Scores, Wiring, explore, view
-from circuits.viewer import asset, page
+from circuits.viewer import page, script
 from circuits.viewer_data import viewer_data
 from circuits.viewer_evidence import record_evidence
 from mechinterp.cli import main
@@ -174,6 +175,43 @@ def test_parts_are_found_by_name(visit):
     assert part(opened, "m1").get_attribute("aria-pressed") == "true"
 
 
+def test_showing_all_forgets_what_was_searched_for(visit):
+    opened = visit(scored(40))
+    opened.fill("[name=query]", "m1")
+    opened.locator("[name=reset]").click()
+    assert opened.locator(".part.hit").count() == 0
+    assert opened.input_value("[name=query]") == ""
+
+
+def test_a_score_of_zero_neither_helps_nor_hurts(visit):
+    circuit = Circuit()
+    circuit.keep("input", "logits", weight=0.0)
+    opened = visit(circuit)
+    part(opened, "logits").focus()
+    opened.keyboard.press("ArrowDown")
+    assert "score0" in opened.locator(".card").text_content()
+    assert "helps" not in opened.locator(".card").text_content()
+
+
+def test_a_sign_that_nobody_told_is_not_made_up(visit):
+    circuit = Circuit(positive="not said by the file")
+    circuit.keep("input", "logits", weight=-1.0)
+    said = visit(circuit).locator(".controls").text_content()
+    assert "negative: not said by the file" in said
+    assert "hurts" not in said
+
+
+def test_circuits_without_edges_and_of_neurons_are_shown(visit):
+    assert "This circuit keeps no edge." in visit(Circuit()).locator(".controls").text_content()
+    neurons = Circuit()
+    neurons.keep("input", "m0.n5", weight=0.5)
+    neurons.keep("m0.n5", "logits", weight=1.0)
+    opened = visit(neurons)
+    assert n_shown(opened) == 2
+    part(opened, "m0.n5").hover()
+    assert "neuron 5 of the MLP of layer 0" in opened.locator(".card").text_content()
+
+
 def test_an_edge_under_the_pointer_is_told(visit):
     circuit = scored(1)
     (writer, reader), *_ = circuit.edges_kept
@@ -189,6 +227,11 @@ def test_an_edge_under_the_pointer_is_told(visit):
     opened.mouse.click(*place)
     opened.mouse.move(5, 5)
     assert opened.locator(".card h2").text_content() == f"{writer}->{reader}", "a click keeps it"
+    opened.fill("[name=least]", "1e9")
+    assert opened.locator(".bright path").count() == opened.locator(".card h2").count() == 0, "unless it is filtered away"
+    opened.fill("[name=least]", "0")
+    opened.mouse.click(*place)
+    opened.mouse.move(5, 5)
     opened.keyboard.press("Escape")
     assert opened.locator(".card h2").count() == 0
 
@@ -283,7 +326,8 @@ def test_evidence_is_shown_and_tokens_are_never_html(visit):
     opened = visit(circuit, planted.model, task)
     part(opened, "a0.h3").hover()
     card = opened.locator(".card")
-    assert "A1 → the one before" in card.text_content()
+    assert re.search(r"A1 → the one before [\d.]+, .*\(mean over prompts\)", card.text_content())
+    assert re.search(r"from “.*” \(\w+\) \d+ % on “.*” \(\w+\)$", card.locator(".reading").text_content() or ""), "which"
     assert NASTY in card.locator("select").text_content()
     assert card.locator("rect").count() > 0
     assert opened.locator("img").count() == 0
@@ -321,6 +365,14 @@ def test_the_file_forbids_the_network_and_names_its_own_script_by_hash():
     assert page(viewer_data(scored(3))) == text, "equal circuits make equal files"
 
 
+def test_every_file_of_the_script_is_short_and_in_it():
+    files = {file.name: file.read_text(encoding="utf-8") for file in (resources.files("circuits") / "assets").iterdir()}
+    parts = {name: text for name, text in files.items() if name.endswith(".js") and name != "widget.js"}
+    assert script().count("\n") == sum(text.count("\n") + 1 for text in parts.values()) - 1
+    assert all(text in script() for text in parts.values())
+    assert max(text.count("\n") for text in files.values()) < 300
+
+
 def test_the_data_are_plain_json_and_unscored_edges_stay_so():
     circuit = Circuit()
     circuit.keep("input", "m0")
@@ -344,7 +396,7 @@ def test_the_widget_shows_the_same_and_tells_what_is_chosen(chromium):
              window.model = { get: (name) => traits[name], set: (name, value) => (traits[name] = value), save_changes() {},
                               on: (what, act) => (hears[what] = act), off: (what) => delete hears[what], traits, hears };
              window.stop = module.default.render({ model, el: document.getElementById("cell") }); }""",
-        [asset("viewer.js"), viewer_data(circuit)],
+        [widget._esm, viewer_data(circuit)],
     )
     head = str(circuit.heads[0])
     click = "part => part.dispatchEvent(new MouseEvent('click', { bubbles: true }))"
