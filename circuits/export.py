@@ -50,11 +50,16 @@ def write(circuit: nx.DiGraph, path: str | os.PathLike, format: str | None = Non
 
 
 def read(path: str | os.PathLike, format: str | None = None) -> nx.DiGraph:
-    """The graph in a file. ``CircuitError`` for a format that is for looking only, or a file that is no circuit."""
+    """The graph in a file. ``CircuitError`` for a format that is for looking only, or a file that is no circuit.
+
+    ``FileNotFoundError`` where there is none.
+    """
     chosen = _choose(path, format, reads=True)
     if chosen.read is None:
         readable = ", ".join(known.suffix for known in FORMATS.values() if known.read)
         raise CircuitError(f"{os.fspath(path)!r}: {chosen.suffix} files are for looking, not for loading. Save as {readable}.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}. Name one that `save` or `mechinterp discover` wrote.")
     try:
         return chosen.read(Path(path))
     except (ElementTree.ParseError, nx.NetworkXException, LookupError, TypeError, ValueError, AttributeError) as problem:

@@ -227,3 +227,8 @@ def test_other_programs_find_their_attributes(circuit, tmp_path):
     assert graph.nodes[str(head)] == {"kind": "head", "layer": head.layer, "head": head.index}
     assert graph.graph["task"] == "ioi"
     assert Node.parse(next(iter(graph))).kind == "input"
+
+
+def test_a_file_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file '.*nosuch.json'. Name one that `save`"):
+        Circuit.load(tmp_path / "nosuch.json")

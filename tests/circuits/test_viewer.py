@@ -108,7 +108,7 @@ def test_the_threshold_and_the_sign_filter(visit):
     assert edges_drawn(opened) == {name for name, weight in weights.items() if abs(weight) >= cut * 0.9999}
     opened.fill("[name=least]", "0")
     opened.locator("[name=rank]").press("End")
-    opened.wait_for_function("document.querySelector('main').dataset.shown === '1'")
+    opened.wait_for_selector("main[data-shown='1']")  # a function to wait for would be evaluated, which the page forbids
     opened.locator("[name=reset]").click()
     opened.check("[value=negative]")
     assert edges_drawn(opened) == {name for name, weight in weights.items() if weight < 0}
