@@ -14,7 +14,7 @@ RULE_WORDS = {
 
 @runtime_checkable
 class Attributed(Protocol):
-    """What is described: see ``TextAttribution``."""
+    """What is described, drawn and shown: see ``TextAttribution``."""
 
     @property
     def tokens(self) -> tuple[str, ...]: ...

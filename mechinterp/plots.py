@@ -3,10 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
-
+from mechinterp.describing import Attributed
 from mechinterp.errors import TaskError
 from mechinterp.files import write_beside
 from mechinterp.html import AGAINST, FOR, visible
@@ -14,28 +13,6 @@ from mechinterp.html import AGAINST, FOR, visible
 SUFFIXES = (".png", ".svg", ".pdf")
 _FULL = 96  # characters of a line
 _CHARACTER, _GAP, _BOX, _LINE, _LEFT = 0.095, 0.06, 0.25, 0.52, 0.95  # inches
-
-
-@runtime_checkable
-class Scored(Protocol):
-    """What is drawn: see ``TextAttribution``."""
-
-    @property
-    def tokens(self) -> tuple[str, ...]: ...
-    @property
-    def scores(self) -> np.ndarray: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def foil(self) -> str | None: ...
-    @property
-    def difference(self) -> float: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def settings(self) -> Any: ...
-    @property
-    def rounds(self) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +24,7 @@ class _Place:
     right: float
 
 
-def draw_text(found: Scored, path: str | os.PathLike | None = None, *, dpi: int = 160) -> Any:
+def draw_text(found: Attributed, path: str | os.PathLike | None = None, *, dpi: int = 160) -> Any:
     """A matplotlib ``Figure``: the tokens, coloured by score, each with its number; below them each round's phrases.
 
     Colour goes with ``|score|`` as a share of the largest in the picture, so white is nothing (the published picture
@@ -85,7 +62,7 @@ def draw_text(found: Scored, path: str | os.PathLike | None = None, *, dpi: int 
     return figure
 
 
-def _draw_title(axes: Any, found: Scored) -> None:
+def _draw_title(axes: Any, found: Attributed) -> None:
     against = "" if found.foil is None else f" against {found.foil!r}"
     about = ", ".join([found.model, *(f"{name}: {value}" for name, value in found.settings.items())])
     title = f"{found.answer!r}{against}: {found.difference:+.2f} logits"
