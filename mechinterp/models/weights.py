@@ -203,17 +203,7 @@ class _Reader:
         for part, (name, _, n) in zip(W.split([n * D for _, _, n in ports], dim=1), ports, strict=True):
             part.unflatten(1, (n, D)).copy_(self._as_stored(f"{at}attn.{name}", (n, M, D)).transpose(0, 1))
         b = torch.cat([self._bias(f"{at}attn.{b}", (n, D), like).flatten() for _, b, n in ports])
-        if config.has_norms_after and (name := f"{at}attn.b_O") in self.named and bool(self.named[name].any()):
-            raise ModelError(
-                f"{config.name}: {name!r} is not zero, and what heads write is normalised together with it: then the heads' "
-                "writes do not sum to what the layer writes. The engine does not run such a model."
-            )
-        for name in (f"{at}ln1_post.b", f"{at}attn.q_norm.b", f"{at}attn.k_norm.b"):
-            if name in self.named and bool(self.named[name].any()):
-                raise ModelError(
-                    f"{config.name}: {name!r} is not zero. What heads write, their queries and their keys are normalised by "
-                    "RMSNorm here, which has no bias. The engine does not run such a model."
-                )
+        self._refuse_biases_under_norms(at)
         before, after = config.has_norms_before, config.has_norms_after
         gate = bool(F and config.gated)
         q_width, k_width = (H * D, G * D) if config.qk_norm == "all" else (D, D)
@@ -235,6 +225,21 @@ class _Reader:
             ln1_post=self._norm_if(after, f"{at}ln1_post"),
             ln2_post=self._norm_if(after and bool(F), f"{at}ln2_post"),
         )
+
+    def _refuse_biases_under_norms(self, at: str) -> None:
+        """Biases that would break what the engine promises: heads whose writes sum, and RMSNorms without a bias."""
+        config = self.config
+        if config.has_norms_after and (name := f"{at}attn.b_O") in self.named and bool(self.named[name].any()):
+            raise ModelError(
+                f"{config.name}: {name!r} is not zero, and what heads write is normalised together with it: then the heads' "
+                "writes do not sum to what the layer writes. The engine does not run such a model."
+            )
+        for name in (f"{at}ln1_post.b", f"{at}attn.q_norm.b", f"{at}attn.k_norm.b"):
+            if name in self.named and bool(self.named[name].any()):
+                raise ModelError(
+                    f"{config.name}: {name!r} is not zero. What heads write, their queries and their keys are normalised by "
+                    "RMSNorm here, which has no bias. The engine does not run such a model."
+                )
 
     def norm(self, name: str, width: int | None = None) -> Norm:
         """A checkpoint without gain has it folded away (TransformerLens' "LNPre"), or never had one."""
